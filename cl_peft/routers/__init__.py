@@ -1,0 +1,1 @@
+"""Routers: which module answers for a sample. ``base``, then one file per router."""

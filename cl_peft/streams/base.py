@@ -1,0 +1,143 @@
+"""The words of a stream: examples, tasks, and the source that delivers them. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+Scenario = Literal["class", "task", "domain"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one split, as a source delivers them.
+
+    Attributes:
+        inputs: One text (or image array) per example.
+        labels: ``(N,)`` int64, index into :attr:`RawData.class_names`.
+        domains: One domain name per example, or None where the source knows none.
+    """
+
+    inputs: Sequence[Any]
+    labels: np.ndarray
+    domains: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class RawData:
+    """All that a source knows: its splits and the names of its classes (no tasks yet)."""
+
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    validation: Examples | None = None
+
+
+class Source(ABC):
+    """Where examples come from. One subclass per file in ``streams/``; see ``streams/files.py``.
+
+    A source reads and checks; it never samples, shuffles or splits, which is the protocol's part.
+    Its constructor's annotated keyword arguments are the keys that its configuration may have.
+
+    Attributes:
+        modality: What the inputs are; must equal the backbone's.
+    """
+
+    modality: ClassVar[Literal["text", "image"]] = "text"
+
+    @abstractmethod
+    def load(self, cache: Path) -> RawData:
+        """Read everything.
+
+        Args:
+            cache: Folder for what has to be downloaded; sources that read local files ignore it.
+
+        Raises:
+            DataError: A file, column or label does not fit.
+            DownloadError: Something could not be fetched.
+        """
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one task. ``rows`` are row numbers in the source's split: stable names."""
+
+    rows: np.ndarray
+    inputs: list[Any] = field(repr=False)
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of a stream.
+
+    Attributes:
+        index: 0-based position in the stream. Files and tables show ``index + 1``.
+        name: ``"task 1"``, or the domain's name.
+        classes: Global class ids the task can answer, ascending.
+        train: Training examples.
+        validation: Held-out part of the training examples; may be empty.
+        test: Test examples of these classes (or of this domain).
+    """
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Ordered tasks plus the protocol they were cut by."""
+
+    name: str
+    scenario: Scenario
+    class_names: tuple[str, ...]
+    tasks: tuple[Task, ...]
+
+    def after(self, done: int) -> tuple[Task, ...]:
+        """Tasks that remain when the first ``done`` are finished."""
+        return self.tasks[done:]
+
+    def seen(self, task: Task) -> tuple[Task, ...]:
+        """Tasks up to and including ``task``."""
+        return self.tasks[: task.index + 1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over every input and label in order: equal streams, equal fingerprint."""
+        digest = hashlib.sha256(repr((self.scenario, self.class_names)).encode())
+        for task in self.tasks:
+            digest.update(repr((task.name, task.classes)).encode())
+            for split in (task.train, task.validation, task.test):
+                digest.update(split.rows.tobytes() + split.labels.tobytes())
+                for item in split.inputs:
+                    digest.update(content_id(item).encode())
+        return digest.hexdigest()
+
+
+def content_id(item: Any) -> str:
+    """Name of one input by its content: 128 bits of BLAKE2b, as hex.
+
+    Texts hash their UTF-8 bytes, arrays their dtype, shape and bytes.
+    """
+    if isinstance(item, str):
+        data = b"text:" + item.encode("utf-8", "surrogatepass")
+    else:
+        array = np.ascontiguousarray(item)
+        data = f"array:{array.dtype}:{array.shape}:".encode() + array.tobytes()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

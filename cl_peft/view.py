@@ -1,0 +1,399 @@
+"""What a run folder says, read without torch: behind the terminal screen, report and sweep table.
+
+Every number is one that the run stored; nothing is computed again here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_peft.errors import DamagedRunError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+#: What tells runs apart.
+SETTINGS = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer", "seed")
+STATUS_COLUMNS = [
+    *("run", "settings", "state", "tasks_done", "tasks", "seconds"),
+    *("routed_average_accuracy", "error"),
+]
+
+
+@dataclass(frozen=True)
+class ResultView:
+    """A run folder as a person reads it; finished, running or failed.
+
+    Attributes:
+        folder: The run folder.
+        state: ``finished``, ``running``, ``failed``, ``refused``, or ``unknown`` without a status.
+        error: What stopped the run, or None.
+        tasks: Number of tasks of the stream (0 where the run stopped before it knew).
+        done: Number of tasks whose results are stored.
+        config: The resolved configuration.
+        results: Rows of ``results.parquet``.
+        times: Seconds of each finished task: ``task``, ``learn``, ``route``, ``evaluate``.
+        total_seconds: Seconds of the whole run, NaN where unknown.
+    """
+
+    folder: Path
+    state: str
+    error: str | None
+    tasks: int
+    done: int
+    config: dict[str, Any]
+    results: pd.DataFrame
+    times: list[dict[str, float]]
+    total_seconds: float
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ResultView:
+        """Read a run folder. Of an unfinished run, the tasks that its manifest lists are read.
+
+        Raises:
+            DamagedRunError: A file is missing or cannot be read; it is named.
+        """
+        import pandas as pd
+
+        status = read_json(folder / "status.json")
+        state = str(status.get("state", "unknown"))
+        if state == "finished":
+            results = read_parquet(folder / "results.parquet")
+            timing = read_json(folder / "timing.json")
+            times, total = timing.get("tasks", []), timing.get("total_seconds")
+        else:
+            parts = _committed(folder)
+            frames = [read_parquet(part / "results.parquet") for part in parts]
+            results = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+            times, total = [read_json(part / "timing.json") for part in parts], None
+        stream = read_json(folder / "stream.json")
+        return cls(
+            folder=folder,
+            state=state,
+            error=status.get("error"),
+            tasks=len(stream.get("tasks", [])) or int(status.get("tasks", 0)),
+            done=int(results["after_task"].max()) if len(results) else 0,
+            config=read_config(folder / "config.yaml"),
+            results=results,
+            times=[t for t in times if t],
+            total_seconds=float(total if total is not None else status.get("seconds", math.nan)),
+        )
+
+    @property
+    def title(self) -> str:
+        """``<group>/<run>``, as the folder is found under ``runs/``."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    def matrix(self, routing: str) -> np.ndarray:
+        """Accuracy ``R[t, i]`` on task ``i + 1`` after task ``t + 1``.
+
+        Args:
+            routing: ``oracle`` or ``routed``.
+
+        Returns:
+            ``(done, done)`` float64; NaN where no such cell exists.
+        """
+        import numpy as np
+
+        cells = np.full((self.done, self.done), np.nan)
+        if self.done:
+            rows = self.results
+            rows = rows[(rows["metric"] == "accuracy") & (rows["routing"] == routing)].dropna()
+            after, task = rows["after_task"].to_numpy(int), rows["eval_task"].to_numpy(int)
+            cells[after - 1, task - 1] = rows["value"]
+        return cells
+
+    def value(self, metric: str, routing: str = "none", after_task: int | None = None) -> float:
+        """A number over all seen tasks; NaN where undefined or absent.
+
+        Args:
+            metric: Such as ``average_accuracy``.
+            routing: ``oracle``, ``routed``, or ``none`` for what belongs to no routing.
+            after_task: From 1; the last finished task if None.
+        """
+        if not self.done:
+            return math.nan
+        rows = self.results
+        rows = rows[
+            (rows["metric"] == metric)
+            & (rows["routing"] == routing)
+            & (rows["after_task"] == (after_task or self.done))
+            & rows["eval_task"].isna()
+        ]
+        return float(rows["value"].iloc[0]) if len(rows) else math.nan
+
+    def predictions(self) -> pd.DataFrame:
+        """Predictions made after the last finished task; empty where none are stored.
+
+        Raises:
+            DamagedRunError: The file cannot be read.
+        """
+        import pandas as pd
+
+        for path in (
+            self.folder / "predictions.parquet",
+            self.folder / "tasks" / f"{self.done:03d}" / "predictions.parquet",
+        ):
+            if path.exists():
+                rows = read_parquet(path)
+                return rows[rows["after_task"] == self.done]
+        return pd.DataFrame()
+
+    def metrics(self) -> list[tuple[str, str, str]]:
+        """Rows ``(name, oracle, routed)`` of the table of metrics, in percent."""
+        first = "n/a (first task)" if self.done == 1 else "n/a"
+
+        def show(name: str, routing: str, undefined: str) -> str:
+            return percent(self.value(name, routing), undefined)
+
+        return [
+            (label, show(name, "oracle", undefined), show(name, "routed", undefined))
+            for label, name, undefined in (
+                ("average accuracy (over tasks)", "average_accuracy", "n/a"),
+                ("average accuracy (over samples)", "average_accuracy_micro", "n/a"),
+                ("average incremental accuracy", "average_incremental_accuracy", "n/a"),
+                ("forgetting", "forgetting", first),
+                ("backward transfer", "backward_transfer", first),
+            )
+        ]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Lines ``(name, text)`` below the metrics."""
+        return [
+            ("router", f"accuracy {percent(self.value('router_accuracy'))}"),
+            ("errors", self.decomposition()),
+            ("drift", self.drift()),
+            ("size", self.parameters()),
+            ("time", self.time()),
+        ]
+
+    def decomposition(self) -> str:
+        """Routed accuracy out of oracle accuracy, over all test samples of all seen tasks."""
+        oracle, routed = (self.value("average_accuracy_micro", r) for r in ("oracle", "routed"))
+        lost, luck = self.value("routing_loss"), self.value("misroute_luck")
+        return (
+            f"oracle {percent(oracle)} - lost by routing {percent(lost)} + lucky misroutes "
+            f"{percent(luck)} = routed {percent(routed)}{_rounded([oracle, -lost, luck], routed)}"
+        )
+
+    def drift(self) -> str:
+        """Forgetting of the routed accuracy, split by what moved."""
+        if self.done == 1:
+            return "n/a (first task)"
+        total = self.value("forgetting", "routed")
+        module, routing = (self.value(f"forgetting_{part}_drift") for part in ("module", "routing"))
+        return (
+            f"routed forgetting {percent(total)} = module drift {percent(module)} + routing drift "
+            f"{percent(routing)}{_rounded([module, routing], total)}"
+        )
+
+    def parameters(self) -> str:
+        """Parameters and bytes that a task adds, and what the router keeps."""
+
+        def over_tasks(metric: str, show: Callable[[float], str]) -> str:
+            values = [self.value(metric, after_task=t + 1) for t in range(self.done)]
+            defined = sorted({v for v in values if not math.isnan(v)})
+            if not defined:
+                return "n/a"
+            ends = [show(defined[0]), show(defined[-1])]
+            return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+        count = "{:,.0f}".format
+        return (
+            f"per task {over_tasks('module_parameters', count)} module + "
+            f"{over_tasks('head_parameters', count)} head parameters, "
+            f"{over_tasks('module_bytes', size)}; router {size(self.value('router_state_bytes'))}"
+        )
+
+    def time(self) -> str:
+        """Time by what it was spent on."""
+        spent = [
+            f"{part} {duration(sum(float(t.get(part, 0.0)) for t in self.times))}"
+            for part in ("learn", "route", "evaluate")
+        ]
+        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}"
+
+    def paths(self) -> list[tuple[str, Path]]:
+        """Where to look next: the run folder, and figure and report where they exist."""
+        files = (
+            ("folder", self.folder),
+            ("figure", self.folder / "accuracy_matrix.png"),
+            ("report", self.folder / "report.md"),
+        )
+        return [(name, path) for name, path in files if path.exists()]
+
+
+def sweep_status(folder: Path) -> pd.DataFrame:
+    """All runs of a group, one row each, for ``status.csv`` and the terminal.
+
+    Args:
+        folder: A group's folder, such as ``runs/newsgroups``.
+
+    Returns:
+        Columns ``run``, ``settings`` (what differs between these runs), ``state``, ``tasks_done``,
+        ``tasks``, ``seconds``, ``routed_average_accuracy`` (NaN unless finished), ``error`` (in one
+        line). A folder that cannot be read has state ``damaged`` and says why.
+    """
+    import pandas as pd
+
+    rows, configs = [], []
+    for path in sorted(p for p in folder.glob("*") if (p / "status.json").exists()):
+        try:
+            view = ResultView.from_folder(path)
+            state, error, config = view.state, view.error, view.config
+            done, tasks, seconds = view.done, view.tasks, view.total_seconds
+            accuracy = view.value("average_accuracy", "routed")
+        except DamagedRunError as damage:
+            state, error, config = "damaged", str(damage), {}
+            done, tasks, seconds, accuracy = 0, 0, math.nan, math.nan
+        configs.append(config)
+        rows.append(
+            {
+                "run": path.name,
+                "state": state,
+                "tasks_done": done,
+                "tasks": tasks,
+                "seconds": seconds,
+                "routed_average_accuracy": accuracy if state == "finished" else math.nan,
+                "error": _headline(error),
+            }
+        )
+    table = pd.DataFrame(rows, columns=STATUS_COLUMNS)
+    return table.assign(settings=differences(configs))
+
+
+def differences(configs: list[dict[str, Any]]) -> list[str]:
+    """Name each configuration by the settings in which they differ: ``learner=joint seed.init=1``.
+
+    Where an axis differs in its name, its other keys follow from it and are left out.
+    """
+    flat = [{k: v for k, v in flatten(c) if k.split(".")[0] in SETTINGS} for c in configs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    known = [one for one in flat if one]
+    differ = [key for key in keys if len({repr(one.get(key)) for one in known}) > 1]
+    named = {key.removesuffix(".name") for key in differ if key.endswith(".name")}
+    shown = [
+        key
+        for key in differ
+        if not key.endswith("._target_")
+        and (key.endswith(".name") or key.split(".")[0] not in named)
+    ]
+    return [" ".join(f"{k.removesuffix('.name')}={one.get(k)}" for k in shown) for one in flat]
+
+
+def flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted key, value)`` for everything in nested dicts that is no dict."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def percent(value: float, undefined: str = "n/a") -> str:
+    """A share as percent with one decimal."""
+    if math.isnan(value):
+        return undefined
+    return f"{round(100 * value, 1) + 0.0:.1f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def size(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    if math.isnan(count):
+        return "n/a"
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= power:
+            return f"{count / power:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if math.isnan(seconds):
+        return "n/a"
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, or nothing where there is no such file.
+
+    Raises:
+        DamagedRunError: The file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "not a JSON object")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read ``config.yaml``, or nothing where there is none.
+
+    Raises:
+        DamagedRunError: The file is no YAML.
+    """
+    from omegaconf import OmegaConf
+
+    if not path.exists():
+        return {}
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # what a YAML parser raises is its own business
+        raise _damaged(path, error) from error
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read a table.
+
+    Raises:
+        DamagedRunError: The file is missing or damaged.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, why: object) -> DamagedRunError:
+    reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+    return DamagedRunError(
+        f"{path}: missing or damaged ({reason}).\n"
+        "  Put the file back, or run the same command again with fresh=true to start over."
+    )
+
+
+def _committed(folder: Path) -> list[Path]:
+    """Folders of the tasks that the manifest lists, in order."""
+    tasks = read_json(folder / "manifest.json").get("tasks", [])
+    return [folder / "tasks" / f"{int(entry['task']):03d}" for entry in tasks]
+
+
+def _headline(error: str | None) -> str:
+    """The line that says what happened: the first, or a traceback's last."""
+    lines = (error or "").strip().splitlines() or [""]
+    return lines[-1 if lines[0].startswith("Traceback") else 0]
+
+
+def _rounded(terms: list[float], total: float) -> str:
+    """Say so where rounding to tenths makes a sum look wrong."""
+    shown = sum(round(100 * term, 1) for term in terms)
+    wrong = abs(shown - round(100 * total, 1)) > 0.05  # False where something is undefined
+    return " (rounded)" if wrong else ""
