@@ -80,7 +80,7 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: A mandatory value is missing or an interpolation leads nowhere.
     """
     node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
-    node = OmegaConf.masked_copy(node, [k for k in node if k not in ("hydra",)])
+    node = OmegaConf.masked_copy(node, [str(k) for k in node if k != "hydra"])
     missing = sorted(str(k) for k in OmegaConf.missing_keys(node))
     if missing:
         wanted = " ".join(f"{key}=..." for key in missing)
@@ -215,9 +215,7 @@ def _check_model(
                 wrong = str(item["loc"][-1])
                 near = did_you_mean(wrong, allowed).replace("'", f"'{where[: -len(wrong)]}", 1)
                 keys = ", ".join(sorted(allowed)) or "none"
-                problems.append(
-                    f"{where} is not a key of {label}.{near}\n    keys there: {keys}"
-                )
+                problems.append(f"{where} is not a key of {label}.{near}\n    keys there: {keys}")
             elif item["type"] == "missing":
                 problems.append(f"{where}: a value is needed. Add {where}=... to the command.")
             else:
@@ -228,14 +226,17 @@ def _check_model(
 def _is_branch(part: int | str) -> bool:
     """Pydantic names union branches in an error's location; people did not write those."""
     return isinstance(part, str) and (
-        part in ("int", "str", "float", "bool") or part.startswith(("constrained-", "literal["))
+        part in ("int", "str", "float", "bool")
+        or part.startswith(("constrained-", "literal["))
         or "[" in part
     )
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
     for part in loc[:-1]:
-        inner = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        inner = (
+            model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        )
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             model = inner
     return set(model.model_fields)

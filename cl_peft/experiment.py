@@ -1,5 +1,7 @@
-"""The story of a run: a stream delivers tasks, a learner grows modules, a router chooses, all is
-measured, everything lands in the run folder.
+"""The story of a run, in one function.
+
+A stream delivers tasks, a learner grows modules, a router chooses among them, everything is
+measured and lands in the run folder.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from cl_peft import presentation
 from cl_peft.backbones.base import Backbone
 from cl_peft.backbones.features import Features
 from cl_peft.config import Seeds, build, run_id, split_stream
-from cl_peft.console import Console
+from cl_peft.console import Bar, Console
 from cl_peft.errors import ConfigError
 from cl_peft.evaluation import Evaluator
 from cl_peft.learners.base import Learner, Tools
@@ -32,7 +35,7 @@ from cl_peft.modules.bank import Bank
 from cl_peft.routers.base import Router
 from cl_peft.runs import RunFolder
 from cl_peft.store import ContentStore
-from cl_peft.streams.base import Stream, Task
+from cl_peft.streams.base import Progress, Stream, Task
 from cl_peft.streams.protocol import make_stream
 from cl_peft.tracking import Tracker
 
@@ -63,7 +66,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     tracker.start(run_id(config), config["group"], dict(config), folder.path)
     try:
         world.resume(folder)
-        for task in stream.after(folder.done):
+        for task in _counted(stream, folder.done, console):
             started = time.perf_counter()
             world.learner.learn(task)
             learned = time.perf_counter()
@@ -90,7 +93,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
                 },
                 len(stream.tasks),
             )
-            tracker.log_task(task.index + 1, results.rows.to_dict("records"))
+            tracker.log_task(task.index + 1, _records(results.rows))
             presentation.task_line(console, results.rows, len(stream.tasks), learned - started)
         world.check_backbone()
         finish(folder, stream)
@@ -102,11 +105,21 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     return final.score
 
 
+def _counted(stream: Stream, done: int, console: Console) -> Iterator[Task]:
+    """The tasks that remain, under a progress bar."""
+    with console.bar(f"stream {stream.name}", total=len(stream.tasks)) as bar:
+        bar.advance(done)
+        for task in stream.after(done):
+            yield task
+            bar.advance()
+
+
 def load_stream(config: Mapping[str, Any], console: Console) -> Stream:
     """Read the source and cut it into tasks; before any model is fetched."""
     protocol, source = split_stream(config["stream"])
     seed = Seeds(**config["seed"])
-    raw = build({**source, "name": protocol.name}).load(cache_folder(config))
+    with downloading(console, "data") as download:
+        raw = build({**source, "name": protocol.name}).load(cache_folder(config), download)
     stream = make_stream(raw, protocol, order_seed=seed.order, data_seed=seed.data)
     sizes = [sum(len(getattr(t, s)) for t in stream.tasks) for s in ("train", "validation", "test")]
     console.message(
@@ -135,10 +148,11 @@ class World:
         seed = Seeds(**config["seed"])
         cache = cache_folder(config)
         backbone: Backbone = build(config["backbone"])
-        backbone.load(cache, device, seed.init)
+        with downloading(console, "model") as download:
+            backbone.load(cache, device, seed.init, download)
         trainer = build(config["trainer"])
 
-        def progress(batches: Sequence[np.ndarray], total: int) -> Any:  # noqa: ANN401 (a generator)
+        def progress(batches: Sequence[np.ndarray], total: int) -> Iterator[np.ndarray]:
             with console.bar("frozen features", total=total) as bar:
                 for batch in batches:
                     yield batch
@@ -191,8 +205,12 @@ class World:
         if self.learner.uses_router:
             state = f"{last}/router.safetensors"
             self.router.load_state(load_file(folder.read(state)) if folder.has(state) else {})
-        results = [pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/results.parquet")) for t in seen]
-        memos = [pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/memo.parquet")) for t in seen]
+        results = [
+            pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/results.parquet")) for t in seen
+        ]
+        memos = [
+            pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/memo.parquet")) for t in seen
+        ]
         self.evaluator.restore(pd.concat(results, ignore_index=True), memos)
         timings = [_timing(folder, t.index) for t in seen]
         self.learner.steps = sum(int(t.get("steps", 0)) for t in timings)
@@ -269,7 +287,9 @@ def finish(folder: RunFolder, stream: Stream) -> None:
     names = [f"tasks/{task.index + 1:03d}" for task in stream.tasks]
     tables = {
         name: _parquet(
-            pd.concat([pd.read_parquet(folder.read(f"{n}/{name}")) for n in names], ignore_index=True)
+            pd.concat(
+                [pd.read_parquet(folder.read(f"{n}/{name}")) for n in names], ignore_index=True
+            )
         )
         for name in ("results.parquet", "predictions.parquet")
     }
@@ -300,6 +320,23 @@ def describe(stream: Stream) -> dict[str, Any]:
         "fingerprint": stream.fingerprint,
         "tasks": tasks,
     }
+
+
+@contextmanager
+def downloading(console: Console, what: str) -> Iterator[Progress]:
+    """A progress bar that appears only if something is downloaded."""
+    with ExitStack() as stack:
+        bars: list[Bar] = []
+        done = 0
+
+        def progress(so_far: int, total: int) -> None:
+            nonlocal done
+            if not bars:
+                bars.append(stack.enter_context(console.bar(f"download {what}", total, "bytes")))
+            bars[0].advance(so_far - done)
+            done = so_far
+
+        yield progress
 
 
 def cache_folder(config: Mapping[str, Any]) -> Path:
@@ -333,9 +370,11 @@ def _timing(folder: RunFolder, task: int) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
 def _parquet(frame: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     return buffer.getvalue()
-
-

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_peft.atomic import disk_error, write_atomic
 from cl_peft.config import plain, run_id, validate
 from cl_peft.errors import ConfigError, UserError, did_you_mean
-from cl_peft.runs import RunFolder
+from cl_peft.runs import RunFolder, available_cores
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _compute(config: dict[str, Any], folder: RunFolder, console: Any, jobs: int)
 
 def _threads_per_job(jobs: int) -> int:
     """Cores shared among parallel jobs, so that they are not oversubscribed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     return max(1, cores // (cores if jobs < 0 else jobs))
 
 
@@ -234,7 +234,9 @@ def explain(error: Exception) -> str:
         if prefix:
             near = near.replace("'", f"'{prefix}.", 1)
         where = prefix or "the top of the configuration"
-        return f"{key}: there is no such key.{near}\n  keys in {where}: {', '.join(sorted(siblings))}"
+        return (
+            f"{key}: there is no such key.{near}\n  keys in {where}: {', '.join(sorted(siblings))}"
+        )
     text = str(error) or str(cause)
     match = re.search(r"Could not override '([^']+)'.*?No match in the defaults list", text, re.S)
     if match:

@@ -48,7 +48,9 @@ def write(folder: Path) -> Final:
     figure = folder / FIGURE
     if not figure.exists():
         title = f"{view.config['stream']['name']}: {folder.name}"
-        drawn = analysis.accuracy_matrices(view.matrix("oracle"), view.matrix("routed"), title=title)
+        drawn = analysis.accuracy_matrices(
+            view.matrix("oracle"), view.matrix("routed"), title=title
+        )
         write_atomic(figure, png(drawn))
     if not (folder / "report.md").exists():
         write_report(folder)
@@ -85,10 +87,8 @@ def _summary(view: ResultView) -> dict[str, float]:
     last = view.results[
         (view.results["after_task"] == view.done) & view.results["eval_task"].isna()
     ]
-    numbers = {
-        (row.metric if row.routing == "none" else f"{row.routing}/{row.metric}"): float(row.value)
-        for row in last.itertuples()
-    }
+    names = last["metric"].where(last["routing"] == "none", last["routing"] + "/" + last["metric"])
+    numbers = dict(zip(names.tolist(), last["value"].tolist(), strict=True))
     if not math.isnan(view.total_seconds):
         numbers["seconds"] = view.total_seconds
     return numbers

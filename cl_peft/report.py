@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_peft.errors import UserError
+from cl_peft.atomic import write_atomic
 from cl_peft.view import ResultView, flatten, percent, read_json
 
 NAME = "report.md"
@@ -28,7 +26,7 @@ def write_report(folder: Path) -> Path:
         UserError: The report cannot be written.
     """
     path = folder / NAME
-    _replace(path, render(ResultView.from_folder(folder)))
+    write_atomic(path, render(ResultView.from_folder(folder)).encode())
     return path
 
 
@@ -117,24 +115,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text file that is either the old or the new one, whatever happens meanwhile."""
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}. Make room or check the folder's permissions; "
-            "the results themselves are stored."
-        ) from error

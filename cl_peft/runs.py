@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -34,7 +35,9 @@ import yaml
 
 from cl_peft.atomic import disk_error, write_atomic
 from cl_peft.config import run_id
-from cl_peft.errors import DamagedRunError, UserError
+from cl_peft.errors import DamagedRunError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 State = Literal["new", "running", "finished", "failed", "refused"]
@@ -179,6 +182,13 @@ class RunFolder:
                     f"({name} {str(stored.get(name))[:12]}, now {str(session.get(name))[:12]}). "
                     "Bring the old one back, or use fresh=true to start over."
                 )
+        for name in ("device", "threads"):
+            if self.done and stored.get(name) != session.get(name):
+                log.warning(
+                    "%s was %s when this run began and is %s now; later tasks may differ in the "
+                    "last bits from an uninterrupted run",
+                    name, stored.get(name), session.get(name),
+                )  # fmt: skip
         stored.setdefault("sessions", []).append(_session(session))
         write_atomic(path, _json(stored))
 
@@ -211,8 +221,9 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise disk_error(error, folder, size) from error
         listed = {f"tasks/{folder.name}/{name}": _entry(data) for name, data in files.items()}
-        old = [n for t in self._manifest["tasks"] for n in t["files"] if n.endswith("/router.safetensors")]
-        if any(n.endswith("/router.safetensors") for n in listed):
+        router = "/router.safetensors"
+        old = [n for t in self._manifest["tasks"] for n in t["files"] if n.endswith(router)]
+        if any(n.endswith(router) for n in listed):
             for entry in self._manifest["tasks"]:
                 entry["files"] = {n: e for n, e in entry["files"].items() if n not in old}
         else:
@@ -334,14 +345,29 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": available_cores(),
     }
 
 
-def require_path_name(name: str, what: str) -> None:
-    """Refuse a name that could leave its folder."""
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
-        raise UserError(f"{what}={name!r} cannot be the name of a folder.")
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is running in this run folder now."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except (filelock.Timeout, OSError):
+        return True
+    lock.release()
+    return False
 
 
 def _session(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,8 @@ class Trainer:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which forward passes of training run."""
-        supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        cuda = device.type == "cuda"
+        supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         wanted = self.precision == "bf16" or (self.precision == "auto" and supported)
         return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
@@ -129,7 +130,9 @@ class Trainer:
             return left
         return 1.0 if self.decay == "constant" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
-    def fit(self, job: Job, factory: OptimizerFactory, device: torch.device, console: Console) -> Report:
+    def fit(
+        self, job: Job, factory: OptimizerFactory, device: torch.device, console: Console
+    ) -> Report:
         """Train ``job``'s leaf tensors in place.
 
         Raises:
@@ -160,7 +163,8 @@ class Trainer:
                         padding[1] += int(lengths.max()) * len(rows)
                         bar.advance(loss=value)
                         if job.on_step is not None:
-                            job.on_step(step, {"loss": value, "lr": peaks[0] * rate, "grad_norm": norm})
+                            values = {"loss": value, "lr": peaks[0] * rate, "grad_norm": norm}
+                            job.on_step(step, values)
                 if job.validate is not None and self.patience is not None:
                     accuracy = job.validate()
                     if accuracy > best:

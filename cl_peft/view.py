@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_peft.errors import DamagedRunError
+from cl_peft.runs import is_held
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,8 @@ class ResultView:
 
     Attributes:
         folder: The run folder.
-        state: ``finished``, ``running``, ``failed``, ``refused``, or ``unknown`` without a status.
+        state: ``finished``, ``running``, ``interrupted`` (killed), ``failed``, ``refused``, or
+            ``unknown`` without a status.
         error: What stopped the run, or None.
         tasks: Number of tasks of the stream (0 where the run stopped before it knew).
         done: Number of tasks whose results are stored.
@@ -63,6 +65,8 @@ class ResultView:
 
         status = read_json(folder / "status.json")
         state = str(status.get("state", "unknown"))
+        if state == "running" and not is_held(folder):
+            state = "interrupted"
         if state == "finished":
             results = read_parquet(folder / "results.parquet")
             timing = read_json(folder / "timing.json")

@@ -107,7 +107,7 @@ def test_failing_write_keeps_the_old_report(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="no space left on the disk"):
         write_report(folder)
     assert (folder / "report.md").read_bytes() == old
     assert set(folder.iterdir()) == files

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cl_peft import archives
 from cl_peft.errors import ConfigError, DownloadError
 from cl_peft.store import tensor_fingerprint
+from cl_peft.streams.base import Progress
 
 Batch = dict[str, Tensor]
 
@@ -78,26 +82,29 @@ class Backbone(ABC):
     width: int
     device: torch.device
 
-    def load(self, cache: Path, device: torch.device, seed: int) -> None:
+    def load(
+        self, cache: Path, device: torch.device, seed: int, progress: Progress | None = None
+    ) -> None:
         """Fetch and load the weights, freeze them, and move them to ``device``.
 
         Args:
             cache: Folder for downloads.
             device: Where the model shall live.
             seed: For backbones with random weights (smoke tests); others ignore it.
+            progress: Called with (bytes so far, all bytes) during a download.
 
         Raises:
             DownloadError: The model could not be fetched or read.
             ConfigError: The model does not fit this kind of backbone.
         """
         self.device = device
-        self.model = self._load(cache, seed).to(device=device, dtype=torch.float32).eval()
+        self.model = self._load(cache, seed, progress).to(device=device, dtype=torch.float32).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._fingerprint = self.weights_fingerprint()
 
     @abstractmethod
-    def _load(self, cache: Path, seed: int) -> nn.Module:
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
         """Load model (returned) and processor (kept); set :attr:`width`."""
 
     @abstractmethod
@@ -131,6 +138,45 @@ class Backbone(ABC):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@contextmanager
+def pretrained(
+    name: str, revision: str | None, cache: Path, progress: Progress | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where a pretrained model lies, and options for ``from_pretrained``; inside, failures speak.
+
+    Args:
+        name: A Hugging Face model name, a local folder, or a package address.
+        revision: Branch, tag or commit on the hub.
+        cache: Folder for downloads.
+        progress: Called with (bytes so far, all bytes) during a download from a package.
+
+    Raises:
+        DownloadError: The model could not be fetched or read.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    where = name
+    if archives.is_address(name):
+        where = str(archives.fetch(name, cache, progress=progress))
+    elif (path := Path(name).expanduser()).is_dir():
+        where = str(path)
+    options: dict[str, Any] = {"cache_dir": str(cache / "hub"), "trust_remote_code": False}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        yield where, options
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DownloadError(
+            f"backbone.name={name}: could not be loaded: {first}\n"
+            "  Give the name of a Hugging Face model with safetensors weights, or a local folder "
+            "that holds config.json, model.safetensors and the tokenizer or image processor. "
+            "Without network, fetch it on a connected machine and pass the folder."
+        ) from error
+
+
 class TextBackbone(Backbone):
     """What encoders and decoders share: a tokenizer, dynamic padding, loading by name.
 
@@ -148,30 +194,14 @@ class TextBackbone(Backbone):
         self.max_length = max_length
         self.revision = revision
 
-    def _load(self, cache: Path, seed: int) -> nn.Module:
-        from transformers import AutoModel, AutoTokenizer
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
+        with pretrained(self.name, self.revision, cache, progress) as (where, options):
+            from transformers import AutoModel, AutoTokenizer
 
-        where = self.name
-        if archives.is_address(self.name):
-            where = str(archives.fetch(self.name, cache))
-        elif (path := Path(self.name).expanduser()).is_dir():
-            where = str(path)
-        options: dict[str, Any] = {"cache_dir": str(cache / "hub"), "trust_remote_code": False}
-        if self.revision is not None:
-            options["revision"] = self.revision
-        try:
             self.tokenizer = AutoTokenizer.from_pretrained(where, **options)
             model = AutoModel.from_pretrained(
                 where, use_safetensors=True, dtype=torch.float32, **options
             )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise DownloadError(
-                f"backbone.name={self.name}: could not be loaded: {first}\n"
-                "  Give the name of a Hugging Face model with safetensors weights, or a local "
-                "folder that holds config.json, model.safetensors and the tokenizer. Without "
-                "network, fetch it on a connected machine and pass the folder."
-            ) from error
         self._prepare_tokenizer()
         self.width = int(model.config.hidden_size)
         limit = getattr(model.config, "max_position_embeddings", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from cl_peft.streams.base import content_id
 #: Examples per stored file; also what a killed process can lose.
 CHUNK = 1024
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+Progress = Callable[[Sequence[np.ndarray], int], Iterable[np.ndarray]]
 
 
-def no_progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+def no_progress(items: Sequence[np.ndarray], total: int) -> Iterable[np.ndarray]:
     """Show nothing."""
     return items
 
@@ -63,7 +64,7 @@ class Features:
         missing = {i: item for i, item in zip(ids, inputs, strict=True) if i not in self._encoded}
         for names, items in _chunks(missing):
             key = _key("tokens", self.backbone.preprocessing(), names)
-            value = self._get("tokens", key, lambda items=items: self._encode(items))
+            value = self._get("tokens", key, partial(self._encode, items))
             chunk = Encoded(value["values"], value["lengths"].numpy())
             for row, name in enumerate(names):
                 self._encoded[name] = chunk.take(np.array([row]))
@@ -75,7 +76,7 @@ class Features:
         missing = {i: item for i, item in zip(ids, inputs, strict=True) if i not in self._features}
         for names, items in _chunks(missing):
             key = _key("features", [self.backbone.key(), self.batch_size], names)
-            value = self._get("features", key, lambda items=items: self._forward(items))
+            value = self._get("features", key, partial(self._forward, items))
             for name, row in zip(names, value["features"], strict=True):
                 self._features[name] = row
         if not ids:

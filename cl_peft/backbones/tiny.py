@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from cl_peft.backbones.encoder import Encoder
+from cl_peft.streams.base import Progress
 
 
 class Tiny(Encoder):
@@ -33,7 +34,7 @@ class Tiny(Encoder):
         super().__init__(name, "mean", max_length, None)
         self.width, self.layers, self.heads = width, layers, heads
 
-    def _load(self, cache: Path, seed: int) -> nn.Module:
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
         from transformers import BertConfig, BertModel
 
         self.tokenizer = byte_tokenizer()

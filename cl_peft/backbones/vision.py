@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl_peft import archives
-from cl_peft.backbones.base import Backbone, Batch, Encoded
-from cl_peft.errors import DataError, DownloadError
+from cl_peft.backbones.base import Backbone, Batch, Encoded, pretrained
+from cl_peft.errors import DataError
+from cl_peft.streams.base import Progress
 
 
 class Vision(Backbone):
@@ -42,22 +42,13 @@ class Vision(Backbone):
         self.name, self.pooling, self.mean, self.std = name, pooling, mean, std
         self.revision = revision
 
-    def _load(self, cache: Path, seed: int) -> nn.Module:
-        from transformers import AutoModel
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
+        with pretrained(self.name, self.revision, cache, progress) as (where, options):
+            from transformers import AutoModel
 
-        address = archives.is_address(self.name)
-        where = str(archives.fetch(self.name, cache)) if address else self.name
-        options: dict[str, Any] = {"cache_dir": str(cache / "hub"), "trust_remote_code": False}
-        if self.revision is not None:
-            options["revision"] = self.revision
-        try:
             model = AutoModel.from_pretrained(
                 where, use_safetensors=True, dtype=torch.float32, **options
             )
-        except (OSError, ValueError) as error:
-            raise DownloadError(
-                f"backbone.name={self.name}: could not be loaded: {str(error).splitlines()[0]}"
-            ) from error
         self.width = int(model.config.hidden_size)
         self.size, self.channels = int(model.config.image_size), int(model.config.num_channels)
         return model

@@ -24,9 +24,9 @@ from cl_peft.config import Seeds
 from cl_peft.console import Console
 from cl_peft.modules.bank import Bank, Module, Route, flatten
 from cl_peft.modules.head import Head
+from cl_peft.store import require, tensor_fingerprint
 from cl_peft.streams.base import Split, Task
 from cl_peft.tracking import Tracker
-from cl_peft.store import require, tensor_fingerprint
 from cl_peft.training import Job, OptimizerFactory, Report, Trainer, generator
 
 

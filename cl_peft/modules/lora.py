@@ -58,7 +58,7 @@ class LoRA(Method):
         return y + (u * self.scale) @ p["B"].T.to(x.dtype)
 
     def mixed(self, site: Site, x: Tensor, y: Tensor, p: Params, weights: Tensor) -> Tensor:
-        """``y_n + s sum_k w_nk (x_n A_nk^T) B_nk^T``: the k ranks side by side, one bmm each way."""
+        """``y_n + s sum_k w_nk (x_n A_nk^T) B_nk^T``: k ranks side by side, two bmm."""
         a = p["A"].flatten(1, 2).to(x.dtype)  # (B, k r, in)
         b = p["B"].transpose(1, 2).flatten(2, 3).to(x.dtype)  # (B, out, k r)
         w = (weights * self.scale).repeat_interleave(self.rank, dim=1).to(x.dtype)  # (B, k r)

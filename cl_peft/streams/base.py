@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+#: Called with (bytes so far, all bytes).
+Progress = Callable[[int, int], None]
 Scenario = Literal["class", "task", "domain"]
 
 
@@ -55,11 +57,12 @@ class Source(ABC):
     modality: ClassVar[Literal["text", "image"]] = "text"
 
     @abstractmethod
-    def load(self, cache: Path) -> RawData:
+    def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Read everything.
 
         Args:
             cache: Folder for what has to be downloaded; sources that read local files ignore it.
+            progress: Called with (bytes so far, all bytes) during a download.
 
         Raises:
             DataError: A file, column or label does not fit.
@@ -130,7 +133,7 @@ class Stream:
         return digest.hexdigest()
 
 
-def content_id(item: Any) -> str:
+def content_id(item: Any) -> str:  # noqa: ANN401 (a text or an array)
     """Name of one input by its content: 128 bits of BLAKE2b, as hex.
 
     Texts hash their UTF-8 bytes, arrays their dtype, shape and bytes.

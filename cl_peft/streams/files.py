@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cl_peft.errors import ConfigError
-from cl_peft.streams.base import RawData, Source
+from cl_peft.streams.base import Progress, RawData, Source
 from cl_peft.streams.frames import read_table, to_raw_data
 
 
@@ -64,7 +64,7 @@ class Files(Source):
         self.columns = columns
         self.quoted = quoted
 
-    def load(self, cache: Path) -> RawData:
+    def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Read the files; see :meth:`Source.load`. ``cache`` is not used."""
         tables = {}
         for split, name in self.paths.items():

@@ -136,10 +136,13 @@ def to_raw_data(
         found[split] = _clean(table, chosen, dropped, drop_empty, where)
     present = {name for rows in found.values() for name in rows.seen}
     for name in sorted(dropped - present):
-        raise DataError(
-            f"stream.drop_labels names '{name}', which no row has."
-            f"{did_you_mean(name, present)} Labels: {_some(sorted(present))}"
-        )
+        near = did_you_mean(name, present)
+        if near:  # a copy may lack what the original has, but a typo must not pass
+            raise DataError(
+                f"stream.drop_labels names '{name}', which no row has.{near} "
+                f"Labels: {_some(sorted(present))}"
+            )
+        log.info("stream.drop_labels: no row has the label '%s'", name)
     names = _class_names(found["train"].labels)
     ids = {name: number for number, name in enumerate(names)}
     examples: dict[str, Examples] = {}

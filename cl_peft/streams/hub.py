@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cl_peft.errors import DataError, DownloadError, did_you_mean
-from cl_peft.streams.base import RawData, Source
+from cl_peft.streams.base import Progress, RawData, Source
 from cl_peft.streams.frames import to_raw_data
 from cl_peft.unpacking import disk_errors
 
@@ -64,7 +64,7 @@ class Hub(Source):
         self.drop_labels = drop_labels
         self.drop_empty = drop_empty
 
-    def load(self, cache: Path) -> RawData:
+    def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Download if needed, and read; see :meth:`Source.load`."""
         with _quiet():
             data = self._load(cache / "hub")
@@ -112,8 +112,8 @@ class Hub(Source):
                 )
             return datasets.load_dataset(
                 str(path) if local else self.path,
-                self.config_name,
-                revision=self.revision,
+                None if local else self.config_name,
+                revision=None if local else self.revision,
                 cache_dir=str(cache),
             )
         except DatasetNotFoundError as error:

