@@ -93,6 +93,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
                 },
                 len(stream.tasks),
             )
+            log.info("task %d/%d finished: %s", task.index + 1, len(stream.tasks), timing)
             tracker.log_task(task.index + 1, _records(results.rows))
             presentation.task_line(console, results.rows, len(stream.tasks), learned - started)
         world.check_backbone()
