@@ -38,10 +38,14 @@ def disk_error(error: OSError, path: Path, size: int) -> UserError:
     folder = next(p for p in (path, *path.parents) if p.is_dir())
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(folder).free
+        needs = f"{path.name} needs {_kib(size)}, " if size else ""
         return UserError(
-            f"no space left on the disk of {folder}: {path.name} needs {size / 2**20:.1f} MiB, "
-            f"{free / 2**20:.1f} MiB are free. Make room and start the same command again (it "
-            "goes on from the last finished task), or move folders with paths.runs=... and "
-            "paths.cache=..."
+            f"no space left on the disk of {folder}: {needs}{_kib(free)} are free. Make room and "
+            "start the same command again (it goes on from the last finished task), or move "
+            "folders with paths.runs=... and paths.cache=..."
         )
     return UserError(f"cannot write {path}: {error.strerror}. Check the folder's permissions.")
+
+
+def _kib(size: int) -> str:
+    return f"{-(-size // 1024):,} KiB"  # rounded up

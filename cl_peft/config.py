@@ -81,14 +81,17 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """
     node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
     node = OmegaConf.masked_copy(node, [str(k) for k in node if k != "hydra"])
-    missing = sorted(str(k) for k in OmegaConf.missing_keys(node))
-    if missing:
-        wanted = " ".join(f"{key}=..." for key in missing)
-        raise ConfigError(f"{', '.join(missing)}: a value is needed. Add {wanted} to the command.")
     try:
+        missing = sorted(str(k) for k in OmegaConf.missing_keys(node))
+        if missing:
+            wanted = " ".join(f"{key}=..." for key in missing)
+            raise ConfigError(
+                f"{', '.join(missing)}: a value is needed. Add {wanted} to the command."
+            )
         result = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"configuration: {str(error).splitlines()[0]}") from error
+        where = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     return {str(key): value for key, value in dict(result).items()}  # type: ignore[arg-type]
 
 
@@ -291,7 +294,9 @@ def _combinations(config: dict[str, Any]) -> Iterator[str]:
         )
     if stream["scenario"] != "domain" and stream["tasks"] is None:
         yield f"stream.tasks: say into how many tasks stream={stream['name']} is cut."
-    has_validation = stream["validation_share"] > 0 or stream.get("validation") is not None
+    has_validation = stream["validation_share"] > 0 or any(
+        stream.get(key) is not None for key in ("validation", "validation_split")
+    )
     if config["trainer"].get("patience") is not None and not has_validation:
         yield (
             "trainer.patience stops on validation accuracy, but there are no validation examples. "

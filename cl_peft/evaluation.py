@@ -209,7 +209,7 @@ class Evaluator:
         positions = np.array([p for p, _ in wanted.values()])
         units = np.array([u for _, u in wanted.values()])
         logits = self.learner.logits([inputs[p] for p in positions], units, "evaluation")
-        best = logits.softmax(1).max(1)
+        best = logits.argmax(1)  # not of the softmax, which rounds near ties to ties
         allowed = torch.full((len(self.stream.tasks), logits.shape[1]), float("-inf"))
         for task in self.stream.tasks:
             allowed[task.index, list(task.classes)] = 0.0
@@ -221,9 +221,9 @@ class Evaluator:
                 "unit": [unit for unit, _, _ in wanted],
                 "task": true[positions].astype(np.int16),
                 "row": rows[positions].astype(np.int32),
-                "label": best.indices.numpy().astype(np.int32),
+                "label": best.numpy().astype(np.int32),
                 "within": best_within.numpy().astype(np.int32),
-                "confidence": best.values.numpy().astype(np.float32),
+                "confidence": logits.softmax(1).amax(1).numpy().astype(np.float32),
             }
         )
         self.memo.add(memo)

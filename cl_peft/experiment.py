@@ -28,7 +28,7 @@ from cl_peft.backbones.base import Backbone
 from cl_peft.backbones.features import Features
 from cl_peft.config import Seeds, build, run_id, split_stream
 from cl_peft.console import Bar, Console
-from cl_peft.errors import ConfigError
+from cl_peft.errors import ConfigError, DataError
 from cl_peft.evaluation import Evaluator
 from cl_peft.learners.base import Learner, Tools
 from cl_peft.modules.bank import Bank
@@ -66,6 +66,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     tracker.start(run_id(config), config["group"], dict(config), folder.path)
     try:
         world.resume(folder)
+        world.prefetch()
         for task in _counted(stream, folder.done, console):
             started = time.perf_counter()
             world.learner.learn(task)
@@ -122,6 +123,13 @@ def load_stream(config: Mapping[str, Any], console: Console) -> Stream:
     with downloading(console, "data") as download:
         raw = build({**source, "name": protocol.name}).load(cache_folder(config), download)
     stream = make_stream(raw, protocol, order_seed=seed.order, data_seed=seed.data)
+    unheld = [task.name for task in stream.tasks if not len(task.validation)]
+    if unheld and config["trainer"].get("patience") is not None:
+        raise DataError(
+            f"trainer.patience stops on validation accuracy, but {unheld[0]} of stream="
+            f"{protocol.name} has no validation example. Raise stream.validation_share or "
+            "stream.shots, or set trainer.patience=null."
+        )
     sizes = [sum(len(getattr(t, s)) for t in stream.tasks) for s in ("train", "validation", "test")]
     console.message(
         f"stream {stream.name}: {len(stream.tasks)} tasks, {len(stream.class_names)} classes, "
@@ -222,29 +230,25 @@ class World:
             return
         labels = torch.from_numpy(task.train.labels)
         if self.router.needs_features:
-            self._prefetch()
             features = self.features.features(task.train.inputs)
         else:
             features = torch.zeros(len(labels), self.backbone.width)
         self.router.fit(features, labels, task.index)
 
-    def _prefetch(self) -> None:
-        """Compute frozen features of the whole stream in the source's own order.
-
-        So they are the same, and found in the cache, whatever the order of tasks.
-        """
-        for split in ("train", "test"):
-            parts = [getattr(task, split) for task in self.stream.tasks]
-            rows = np.concatenate([p.rows for p in parts])
-            inputs = [item for p in parts for item in p.inputs]
-            self.features.features([inputs[i] for i in np.argsort(rows, kind="stable")])
+    def prefetch(self) -> None:
+        """Compute the frozen features that the run will need, before anything asks for some."""
+        if self.learner.needs_features:
+            self.features.prefetch(self.stream, ("train", "test", "validation"))
+        elif self.learner.uses_router and self.router.needs_features:
+            self.features.prefetch(self.stream, ("train", "test"))
 
     def tensors(self, task: Task) -> dict[str, bytes]:
         """What a resumed run, or a server, needs of this task."""
         files: dict[str, dict[str, Tensor]] = {"module.safetensors": self.learner.snapshot()}
         if self.learner.uses_router:
             files["router.safetensors"] = self.router.state()
-        note = {"task": str(task.index + 1), "module": self.config["module"]["name"]}
+        # one entry: safetensors writes several in random order, and equal runs have equal files
+        note = {"about": f"task {task.index + 1}, module {self.config['module']['name']}"}
         return {
             name: save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, note)
             for name, tensors in files.items()

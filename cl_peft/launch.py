@@ -5,11 +5,13 @@ Imports no torch until a valid configuration has to be computed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,16 +32,27 @@ from cl_peft.runs import RunFolder, available_cores
 
 log = logging.getLogger(__name__)
 
-#: Group folders of the sweep in this process, filled by :class:`Sweep`.
-_groups: list[Path] = []
+#: Table of all runs of a group, in the group's folder; written when a sweep ends.
+TABLE = "status.csv"
+#: What an OSError has to say to be the user's disk, and not our bug.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+#: The sweep of this process: where its runs go and when it began. Filled by :class:`Sweep`.
+_sweeps: list[tuple[Path, float]] = []
 
 
 class Sweep(Callback):
-    """Hydra callback: remembers where a sweep's runs go, so that their table can be shown."""
+    """Hydra callback: marks the groups that a sweep's jobs belong to, whose tables are shown."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
         """Called once in the process that starts the sweep."""
-        _groups.append(Path(config.paths.runs) / str(config.group))
+        _sweeps.append((Path(str(config.paths.runs)).expanduser(), time.time()))
+
+    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        """Called in the process of every job, also of one that failed."""
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            group = Path(str(config.paths.runs)).expanduser() / str(config.group)
+            if group.is_dir():
+                (group / TABLE).touch()
 
 
 def launch(main: Callable[[], Any]) -> int:
@@ -65,15 +78,23 @@ def launch(main: Callable[[], Any]) -> int:
         print(f"error: {explain(error)}", file=sys.stderr)
         code = 2
     except OSError as error:
-        path = Path(error.filename) if isinstance(error.filename, str) else Path.cwd()
-        print(f"error: {disk_error(error, path, 0)}", file=sys.stderr)
-        log.debug("", exc_info=True)
-        code = 2
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    for group in _groups:
-        code = max(code, _sweep_table(group))
+        if error.errno in _DISK and isinstance(error.filename, str):
+            print(f"error: {disk_error(error, Path(error.filename), 0)}", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
+    except Exception as error:
+        if raw or not _about_the_command(error):
+            traceback.print_exc()
+            code = 1
+        else:
+            print(f"error: {explain(error)}", file=sys.stderr)
+            code = 2
+    for runs, began in _sweeps:
+        for table in sorted(runs.glob(f"*/{TABLE}")):
+            if table.stat().st_mtime >= began - 1:  # clocks of file systems are coarse
+                _sweep_table(table)
     return code
 
 
@@ -87,7 +108,7 @@ def job(cfg: DictConfig) -> float:
 
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     sweep = hydra is not None and hydra.mode == RunMode.MULTIRUN
-    jobs = int(OmegaConf.select(hydra, "launcher.n_jobs", default=1)) if hydra is not None else 1
+    jobs = int(OmegaConf.select(hydra, "launcher.n_jobs", default=1)) if hydra and sweep else 1
     try:
         config = validate(cfg)
     except ConfigError as error:
@@ -200,18 +221,14 @@ def _record_refused(cfg: DictConfig, error: ConfigError) -> None:
     write_atomic(folder / "status.json", json.dumps(status, indent=1).encode())
 
 
-def _sweep_table(group: Path) -> int:
-    """Show and store the table of all jobs in a group; returns 1 if one did not finish."""
-    if not group.is_dir():
-        return 0
+def _sweep_table(path: Path) -> None:
+    """Show and store the table of all jobs in a group."""
     from cl_peft.console import Console
     from cl_peft.view import sweep_status
 
-    table = sweep_status(group)
-    write_atomic(group / "status.csv", table.to_csv(index=False).encode())
-    Console().status(group)
-    print(f"status table: {group / 'status.csv'}")
-    return int(bool(len(table)) and not bool((table["state"] == "finished").all()))
+    write_atomic(path, sweep_status(path.parent).to_csv(index=False).encode())
+    Console().status(path.parent)
+    print(f"status table: {path}")
 
 
 def explain(error: Exception) -> str:
@@ -248,6 +265,13 @@ def explain(error: Exception) -> str:
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n  ".join(lines[:6])
+
+
+def _about_the_command(error: Exception) -> bool:
+    """Whether Hydra itself raised a builtin exception, as for ``router=null``."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised = frames[-1].f_globals.get("__name__", "").split(".")[0]
+    return raised in ("hydra", "omegaconf") and not any(f.f_code is job.__code__ for f in frames)
 
 
 def _conf() -> Path:

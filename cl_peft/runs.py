@@ -120,6 +120,8 @@ class RunFolder:
         status = self.status()
         self._before = float(status.get("seconds") or 0.0)
         if self._manifest["final"] is not None:
+            if status.get("state") != "finished":  # killed between the manifest and the status
+                self.set_status("finished", None)
             return "finished"
         state: State = status.get("state", "running")
         return "running" if state == "finished" else state
@@ -170,12 +172,13 @@ class RunFolder:
         """
         path = self.path / "provenance.json"
         session = {**facts, **environment()}
-        if not path.exists():
-            write_atomic(path, _json({**session, "sessions": [_session(session)]}))
+        stored = self._read_json(path) if path.exists() else {}
+        sessions = [*stored.get("sessions", []), _session(session)]
+        if not self.done:  # nothing was learned before, so nothing has to agree
+            write_atomic(path, _json({**session, "sessions": sessions}))
             return
-        stored = self._read_json(path)
         for name in ("stream_fingerprint", "backbone_fingerprint"):
-            if self.done and stored.get(name) != session.get(name):
+            if stored.get(name) != session.get(name):
                 what = "the data" if name.startswith("stream") else "the backbone"
                 raise DamagedRunError(
                     f"{self.path}: {what} changed since its first {self.done} tasks were learned "
@@ -183,14 +186,13 @@ class RunFolder:
                     "Bring the old one back, or use fresh=true to start over."
                 )
         for name in ("device", "threads"):
-            if self.done and stored.get(name) != session.get(name):
+            if stored.get(name) != session.get(name):
                 log.warning(
                     "%s was %s when this run began and is %s now; later tasks may differ in the "
                     "last bits from an uninterrupted run",
                     name, stored.get(name), session.get(name),
                 )  # fmt: skip
-        stored.setdefault("sessions", []).append(_session(session))
-        write_atomic(path, _json(stored))
+        write_atomic(path, _json({**stored, "sessions": sessions}))
 
     def commit(self, task: int, files: Mapping[str, bytes], tasks: int) -> None:
         """Make a finished task permanent.
@@ -312,7 +314,7 @@ class RunFolder:
     def _read_json(path: Path) -> dict[str, Any]:
         try:
             return dict(json.loads(path.read_text()))
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise DamagedRunError(
                 f"{path} cannot be read ({error}). Put it back from a copy, or use fresh=true to "
                 "run from the start."

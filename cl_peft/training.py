@@ -146,7 +146,7 @@ class Trainer:
         best, best_epoch, kept = -1.0, -1, [t.detach().clone() for t in tensors]
         epoch = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(_mix(job.seed[1], job.task))
+            torch.manual_seed(_mix(job.seed[1], job.task, 13))  # 13: other numbers than init draws
             for epoch in range(self.epochs):
                 loss_sum = 0.0
                 title = f"{job.title}  epoch {epoch + 1}/{self.epochs}"

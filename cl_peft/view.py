@@ -81,7 +81,7 @@ class ResultView:
             folder=folder,
             state=state,
             error=status.get("error"),
-            tasks=len(stream.get("tasks", [])) or int(status.get("tasks", 0)),
+            tasks=len(stream.get("tasks", [])) or int(status.get("tasks") or 0),
             done=int(results["after_task"].max()) if len(results) else 0,
             config=read_config(folder / "config.yaml"),
             results=results,

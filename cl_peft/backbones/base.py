@@ -14,19 +14,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_peft import archives
 from cl_peft.errors import ConfigError, DownloadError
 from cl_peft.store import tensor_fingerprint
 from cl_peft.streams.base import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Batch = dict[str, Tensor]
+#: Entries of a model's configuration that say where it came from, not what it computes.
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Backbone(ABC):
     """
 
     modality: ClassVar[Literal["text", "image"]] = "text"
-    model: nn.Module
+    model: PreTrainedModel
     width: int
     device: torch.device
 
@@ -98,13 +103,16 @@ class Backbone(ABC):
             ConfigError: The model does not fit this kind of backbone.
         """
         self.device = device
-        self.model = self._load(cache, seed, progress).to(device=device, dtype=torch.float32).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a pooler that a checkpoint lacks is drawn: always the same one
+            model = self._load(cache, seed, progress)
+        self.model = model.to(device=device, dtype=torch.float32).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._fingerprint = self.weights_fingerprint()
 
     @abstractmethod
-    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> PreTrainedModel:
         """Load model (returned) and processor (kept); set :attr:`width`."""
 
     @abstractmethod
@@ -133,8 +141,15 @@ class Backbone(ABC):
         return tensor_fingerprint(dict(self.model.state_dict()))
 
     def key(self) -> str:
-        """Name everything a frozen feature depends on besides the example itself."""
-        text = json.dumps([type(self).__name__, self.fingerprint, self.preprocessing()])
+        """Name everything a frozen feature depends on besides the example itself.
+
+        The model's configuration is part of it: equal weights with another number of heads or
+        another activation give other features.
+        """
+        config = self.model.config.to_dict()
+        config = {k: v for k, v in config.items() if k not in _NOT_THE_MODEL}
+        parts = [type(self).__name__, self.fingerprint, self.preprocessing(), config]
+        text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -177,6 +192,39 @@ def pretrained(
         ) from error
 
 
+def load_model(where: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a transformer in float32; every weight that matters comes from the checkpoint.
+
+    Raises:
+        ValueError: The checkpoint lacks weights (a pooler, which nothing here uses, may lack), or
+            has some of another shape than its configuration says.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, info = AutoModel.from_pretrained(
+            where, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except RuntimeError as error:  # how transformers reports shapes that differ
+        raise ValueError(str(error)) from error
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(f"its checkpoint lacks {len(missing)} weights: {shown}")
+    return model
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Tokens that fit; None for models without a limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    if limit is None:
+        return None
+    # RoBERTa and its kin count positions from behind the padding token's
+    return int(limit) if padding is None else int(limit) - padding - 1
+
+
 class TextBackbone(Backbone):
     """What encoders and decoders share: a tokenizer, dynamic padding, loading by name.
 
@@ -194,23 +242,35 @@ class TextBackbone(Backbone):
         self.max_length = max_length
         self.revision = revision
 
-    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> PreTrainedModel:
         with pretrained(self.name, self.revision, cache, progress) as (where, options):
-            from transformers import AutoModel, AutoTokenizer
+            from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            model = AutoModel.from_pretrained(
-                where, use_safetensors=True, dtype=torch.float32, **options
-            )
+            model = load_model(where, options)
         self._prepare_tokenizer()
         self.width = int(model.config.hidden_size)
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = _positions(model)
         if limit is not None and self.max_length > limit:
             raise ConfigError(
                 f"backbone.max_length={self.max_length}: {self.name} has {limit} positions. Use "
                 f"backbone.max_length={limit} or less."
             )
         return model
+
+    def load(
+        self, cache: Path, device: torch.device, seed: int, progress: Progress | None = None
+    ) -> None:
+        """Load as every backbone does, and name the tokenizer by its content.
+
+        Only once: a tokenizer's own description changes when it is first used.
+        """
+        super().load(cache, device, seed, progress)
+        self.tokenizer.truncation_side = "right"
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        whole = sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        name = repr((type(self.tokenizer).__name__, whole))
+        self._tokenizer_name = hashlib.sha256(name.encode()).hexdigest()
 
     def _prepare_tokenizer(self) -> None:
         if self.tokenizer.pad_token_id is None:
@@ -220,9 +280,8 @@ class TextBackbone(Backbone):
 
     def preprocessing(self) -> dict[str, Any]:
         """Tokenizer, length limit, pooling."""
-        fast = self.tokenizer.backend_tokenizer.to_str()
         return {
-            "tokenizer": hashlib.sha256(fast.encode()).hexdigest(),
+            "tokenizer": self._tokenizer_name,
             "max_length": self.max_length,
             "pooling": getattr(self, "pooling", None),
         }

@@ -20,7 +20,7 @@ from torch import Tensor
 from cl_peft.backbones.base import Backbone, Encoded
 from cl_peft.batching import by_length
 from cl_peft.store import ContentStore
-from cl_peft.streams.base import content_id
+from cl_peft.streams.base import Stream, content_id
 
 #: Examples per stored file; also what a killed process can lose.
 CHUNK = 1024
@@ -82,6 +82,18 @@ class Features:
         if not ids:
             return torch.zeros(0, self.backbone.width)
         return torch.stack([self._features[i] for i in ids])
+
+    def prefetch(self, stream: Stream, splits: Sequence[str]) -> None:
+        """Compute features of a whole stream's splits in the source's own order.
+
+        So they are the same to the bit, and found in the store, whatever the order of tasks and
+        wherever a resumed run goes on.
+        """
+        for split in splits:
+            parts = [getattr(task, split) for task in stream.tasks]
+            order = np.argsort(np.concatenate([p.rows for p in parts]), kind="stable")
+            inputs = [item for p in parts for item in p.inputs]
+            self.features([inputs[i] for i in order])
 
     def _get(
         self, kind: str, key: str, compute: Callable[[], dict[str, Tensor]]

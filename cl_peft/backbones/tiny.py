@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import PositiveInt
-from torch import nn
 
 from cl_peft.backbones.encoder import Encoder
 from cl_peft.streams.base import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Tiny(Encoder):
@@ -34,7 +37,7 @@ class Tiny(Encoder):
         super().__init__(name, "mean", max_length, None)
         self.width, self.layers, self.heads = width, layers, heads
 
-    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> PreTrainedModel:
         from transformers import BertConfig, BertModel
 
         self.tokenizer = byte_tokenizer()

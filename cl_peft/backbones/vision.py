@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cl_peft.backbones.base import Backbone, Batch, Encoded, pretrained
+from cl_peft.backbones.base import Backbone, Batch, Encoded, load_model, pretrained
 from cl_peft.errors import DataError
 from cl_peft.streams.base import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Vision(Backbone):
@@ -42,15 +45,12 @@ class Vision(Backbone):
         self.name, self.pooling, self.mean, self.std = name, pooling, mean, std
         self.revision = revision
 
-    def _load(self, cache: Path, seed: int, progress: Progress | None) -> nn.Module:
+    def _load(self, cache: Path, seed: int, progress: Progress | None) -> PreTrainedModel:
         with pretrained(self.name, self.revision, cache, progress) as (where, options):
-            from transformers import AutoModel
-
-            model = AutoModel.from_pretrained(
-                where, use_safetensors=True, dtype=torch.float32, **options
-            )
+            model = load_model(where, options)
         self.width = int(model.config.hidden_size)
         self.size, self.channels = int(model.config.image_size), int(model.config.num_channels)
+        self.patches = (self.size // int(model.config.patch_size)) ** 2
         return model
 
     def preprocessing(self) -> dict[str, Any]:
@@ -84,4 +84,5 @@ class Vision(Backbone):
     def __call__(self, batch: Batch) -> Tensor:
         """Pooled features ``(B, H)``."""
         hidden = self.model(**batch).last_hidden_state
-        return hidden[:, 0] if self.pooling == "cls" else hidden[:, 1:].mean(1)
+        # patches come last, after CLS and what else a model has (DeiT's distillation token, ...)
+        return hidden[:, 0] if self.pooling == "cls" else hidden[:, -self.patches :].mean(1)

@@ -67,11 +67,13 @@ class Learner(ABC):
     Attributes:
         uses_router: Whether a router chooses among its units.
         uses_module: Whether it trains modules at all.
+        needs_features: Whether it looks at frozen features.
         keeps: Which stored units a resumed run needs: ``all``, or the ``last``.
     """
 
     uses_router: ClassVar[bool] = True
     uses_module: ClassVar[bool] = True
+    needs_features: ClassVar[bool] = False
     keeps: ClassVar[Literal["all", "last"]] = "all"
 
     def start(self, tools: Tools) -> None:
@@ -96,7 +98,8 @@ class Learner(ABC):
         if unit is None:
             return {}
         module = self.tools.bank.get(unit.row) if unit.row >= 0 else {}
-        return {**flatten(module), **unit.head.tensors()}
+        tensors = {**flatten(module), **unit.head.tensors()}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     @abstractmethod
     def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
@@ -169,7 +172,8 @@ class Learner(ABC):
             return right / len(validation)
 
         def on_step(step: int, values: dict[str, float]) -> None:
-            tools.tracker.log_training(task.index + 1, self.steps + step, values)
+            named = {f"train/{name}": value for name, value in values.items()}
+            tools.tracker.log_training(task.index + 1, self.steps + step, named)
 
         job = Job(
             task=task.index,

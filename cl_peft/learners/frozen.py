@@ -17,6 +17,7 @@ class Frozen(Learner):
     """Linear probes: what the backbone knows without any module."""
 
     uses_module: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = True
 
     def learn(self, task: Task) -> None:
         """Train a head on cached features."""

@@ -26,7 +26,6 @@ class Sequential(Learner):
         """Train the one module on."""
         if not self.units:
             module, head = self._fresh(task)
-            self.tools.bank.add(module)
         else:
             stored = self.tools.bank.get(0)
             module = {
@@ -36,7 +35,10 @@ class Sequential(Learner):
             old = self.units[self._newest].head
             head = old.widen(task.classes, generator(self.tools.seeds.init, task.index))
         self._fit(task, module, head, task.train, task.validation)
-        self.tools.bank.replace(0, module)
+        if self.tools.bank.count:
+            self.tools.bank.replace(0, module)
+        else:
+            self.tools.bank.add(module)
         self.units = {task.index: self._unit(0, head)}
 
     def unit_for(self, task: int) -> int | None:

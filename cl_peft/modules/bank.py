@@ -128,15 +128,27 @@ class Bank:
 
         Scopes nest; leaving one restores the one outside.
         """
-        if isinstance(route, Route) and self.sites and int(route.modules.max()) >= self.count:
-            raise IndexError(
-                f"the route names row {int(route.modules.max())}; the bank has {self.count} modules"
-            )
-        outer, self._scope = self._scope, route
+        outer = self._scope
+        self._scope = self._checked(route) if isinstance(route, Route) else route
         try:
             yield
         finally:
             self._scope = outer
+
+    def _checked(self, route: Route) -> Route | None:
+        """The route, or None where it names no module with any weight.
+
+        Raises:
+            IndexError: It names a row that the bank does not have.
+        """
+        if not self.sites or not bool(route.weights.any()):
+            return None
+        low, high = int(route.modules.min()), int(route.modules.max())
+        if low < 0 or high >= self.count:
+            raise IndexError(
+                f"the route names row {low if low < 0 else high}; the bank has {self.count} modules"
+            )
+        return route
 
     @contextmanager
     def training(self, module: Module) -> Iterator[None]:

@@ -30,8 +30,9 @@ from torch import Tensor
 from cl_peft.routers.base import Choice, ClassColumns, Router
 from cl_peft.store import require
 
-#: Candidate ridge strengths, relative to the mean eigenvalue of G.
-STRENGTHS = tuple(10.0**e for e in range(-8, 4))
+#: Candidate ridge strengths, relative to the mean eigenvalue of G. Float32 sums know eigenvalues to
+#: about 1e-5 of it: below that, held-out errors would be rounding noise.
+STRENGTHS = tuple(10.0**e for e in range(-4, 4))
 
 
 class Ridge(Router):
@@ -72,9 +73,9 @@ class Ridge(Router):
         for name in ("C", "C_v"):
             wider = self.sums[name].new_zeros(self.projection, end - first)
             self.sums[name] = torch.cat([self.sums[name], wider], dim=1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task)
         held = torch.zeros(len(labels), dtype=torch.bool)
-        for c in labels.unique():  # the same share of every class
+        for c in labels.unique():  # the same share of every class, the same examples in any order
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(c))
             mine = torch.nonzero(labels == c).flatten()
             mine = mine[torch.randperm(len(mine), generator=generator)]
             held[mine[: int(self.held_out * len(mine))]] = True
@@ -93,16 +94,19 @@ class Ridge(Router):
         scale = float(self.sums["G"].diagonal().double().mean())
         if int(self.n_v) == 0:  # too few examples to hold any out
             return 1e-2 * scale
-        values, u = torch.linalg.eigh(self.sums["G"])
-        a = u.T @ self.sums["C"]
-        quadratic = (u.T @ self.sums["G_v"] @ u).double() * (a @ a.T).double()
-        linear = (a * (u.T @ self.sums["C_v"])).double().sum(1)
-        values = values.double().clamp_min(0)
-        errors = []
-        for strength in STRENGTHS:
-            s = 1 / (values + strength * scale)
-            errors.append(float(s @ quadratic @ s - 2 * s @ linear))
+        errors = self._held_out_errors([strength * scale for strength in STRENGTHS])
         return STRENGTHS[errors.index(min(errors))] * scale
+
+    def _held_out_errors(self, strengths: list[float]) -> list[float]:
+        """``e(lambda)`` of each strength, from sums alone."""
+        # float64: with more columns than examples, float32 LAPACK may fail to converge
+        values, u = torch.linalg.eigh(self.sums["G"].double())
+        a = u.T @ self.sums["C"].double()
+        quadratic = (u.T @ self.sums["G_v"].double() @ u) * (a @ a.T)
+        linear = (a * (u.T @ self.sums["C_v"].double())).sum(1)
+        values = values.clamp_min(0)
+        shrunk = [1 / (values + strength) for strength in strengths]
+        return [float(s @ quadratic @ s - 2 * s @ linear) + int(self.n_v) for s in shrunk]
 
     def _solve(self, strength: float) -> Tensor:
         gram = (self.sums["G"] + self.sums["G_v"]).double()

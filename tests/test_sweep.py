@@ -1,0 +1,104 @@
+"""Sweeps: folders named by what they compute, a status table, finished jobs skipped."""
+
+import pandas as pd
+import pytest
+from running import RIDGE, command, digests, folder_of, warm_command
+
+SMOKE = ("debug=smoke", "trainer.epochs=1")
+TWO_BY_TWO = ("learner=isolated,sequential", "seed.init=0,1")
+
+
+def sweep(folder, *args):
+    done = warm_command("--multirun", *SMOKE, *args, folder=folder)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, cache):
+    """A finished sweep over two learners and two seeds: its folder, its arguments, its output."""
+    runs = tmp_path_factory.mktemp("sweep")
+    args = (*RIDGE, *TWO_BY_TWO, f"paths.runs={runs}", f"paths.cache={cache}")
+    return runs / "smoke", args, sweep(runs, *args)
+
+
+def tables(group):
+    found = {p.name: p / "results.parquet" for p in group.iterdir() if p.is_dir()}
+    return {name: path.read_bytes() for name, path in found.items() if path.exists()}
+
+
+def test_every_job_has_its_folder_and_its_row(swept):
+    group, args, done = swept
+    assert done.returncode == 0, done.stderr
+    expected = {
+        folder_of(*SMOKE, *RIDGE, *args[-2:], f"learner={learner}", f"seed.init={seed}").name
+        for learner in ("isolated", "sequential")
+        for seed in (0, 1)
+    }
+    assert len(expected) == 4
+    assert set(tables(group)) == expected
+    table = pd.read_csv(group / "status.csv")
+    assert set(table["run"]) == expected
+    assert (table["state"] == "finished").all()
+    assert table["routed_average_accuracy"].between(0, 1).all()
+    assert set(table["settings"].str.split().str[-1]) == {"seed.init=0", "seed.init=1"}
+    assert f"status table: {group / 'status.csv'}" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-2].count("finished") == 1
+    assert all(name.split("-")[1] == "none" for name in expected if "sequential" in name)
+
+
+def test_same_sweep_again_computes_nothing_and_adds_what_is_new(swept, tmp_path):
+    group, args, _ = swept
+    before = digests(group, skip=(".lock", "status.csv"))
+    more = [a.replace("seed.init=0,1", "seed.init=0,1,2") for a in args]
+    again = sweep(tmp_path, *more, "learner=isolated")
+    assert again.returncode == 0
+    assert again.stderr.count("already finished") == 2
+    assert again.stderr.count("task 1/3") == 1
+    after = digests(group, skip=(".lock", "status.csv"))
+    assert {name: after[name] for name in before} == before
+    assert len(pd.read_csv(group / "status.csv")) == 5
+
+
+def test_parallel_jobs_give_the_same_bytes(swept, tmp_path, cache):
+    group, args, _ = swept
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "threads=1"]
+    places = [f"paths.runs={tmp_path}", f"paths.cache={cache}"]
+    done = command("--multirun", *SMOKE, *args[:-2], *places, *parallel)
+    assert done.returncode == 0, done.stderr
+    serial, side_by_side = tables(group), tables(tmp_path / "smoke")
+    assert len(side_by_side) == 4
+    assert {name: serial[name] for name in side_by_side} == side_by_side
+    assert (pd.read_csv(tmp_path / "smoke" / "status.csv")["state"] == "finished").all()
+
+
+def test_failed_and_refused_jobs_stop_no_other(tmp_path, cache):
+    args = (
+        *("optimizer.lr=1e30,5e-3", "router=none,oracle", "learner=isolated"),
+        *(f"paths.runs={tmp_path}", f"paths.cache={cache}"),
+    )
+    done = sweep(tmp_path, *args)
+    assert done.returncode == 2
+    table = pd.read_csv(tmp_path / "smoke" / "status.csv").sort_values("state")
+    assert list(table["state"]) == ["failed", "finished", "refused", "refused"]
+    assert "diverged" in table["error"].iloc[0]
+    assert table["error"].iloc[2:].str.contains("router=none does not fit").all()
+    assert "router=none does not fit learner=isolated" in done.stderr  # the first error
+    again = sweep(tmp_path, *args)
+    assert again.returncode == 2
+    assert again.stderr.count("already finished") == 1
+    logs = [path.read_text() for path in (tmp_path / "smoke").glob("*/run.log")]
+    assert sorted(log.count("Traceback") for log in logs) == [0, 2]  # the failed one was retried
+
+
+def test_table_of_every_group_that_the_sweep_touched(tmp_path, cache):
+    """Without an old, failed run of the same group having a say in how this sweep ends."""
+    places = (f"paths.runs={tmp_path}", f"paths.cache={cache}", "router=oracle")
+    failed = sweep(tmp_path, *places, "group=a", "stream.order=[x]")
+    assert failed.returncode == 2
+    assert "there is no class 'x'" in failed.stderr
+    done = sweep(tmp_path, *places, "group=a,b")
+    assert done.returncode == 0
+    assert [done.stdout.count(f"runs in {tmp_path / group}") for group in "ab"] == [1, 1]
+    table = pd.read_csv(tmp_path / "a" / "status.csv")
+    assert sorted(table["state"]) == ["failed", "finished"]
