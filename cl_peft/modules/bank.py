@@ -9,19 +9,32 @@ Nothing is active outside a scope: ``with bank.use(route): backbone(batch)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl_peft.errors import DamagedRunError
-from cl_peft.modules.base import Method, Params, Site
+from cl_peft.errors import ConfigError, DamagedRunError
+from cl_peft.modules.base import Handle, Method, Params, Site
 
 #: One module: parameters per site name.
 Module = dict[str, Params]
+
+
+@dataclass(frozen=True)
+class Active:
+    """What is active at a site inside a scope.
+
+    Attributes:
+        params: Without leading dimensions, if the whole batch goes through one module; else
+            ``(B, k, ...)``, k modules per sample.
+        weights: None in the first case; else ``(B, k)``, 0 where a module is switched off.
+    """
+
+    params: Params
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class Bank:
 
     Args:
         method: The formula.
-        model: The backbone's model; forward hooks are placed on its sites.
+        model: The backbone's model; the method's hooks are placed on it.
         device: Where the stacks live.
     """
 
@@ -80,12 +93,14 @@ class Bank:
         self.count = 0
         self._stacks: dict[str, Params] = {}
         self._scope: Route | Module | None = None
-        self._handles = [site.layer.register_forward_hook(self._hook(site)) for site in self.sites]
+        self._handles: list[Handle] = method.install(self, model)
 
     def close(self) -> None:
         """Take the hooks off the backbone."""
         for handle in self._handles:
             handle.remove()
+
+    # ------------------------------------------------------------------ modules
 
     def fresh(self, generator: torch.Generator) -> Module:
         """A new module that is not in the bank yet: leaf tensors that ask for gradients."""
@@ -98,29 +113,60 @@ class Bank:
         return module
 
     def add(self, module: Module) -> int:
-        """Append a copy of ``module``; returns its row."""
-        row = self.count
+        """Append a copy of ``module``, folded; returns its row."""
+        row, ready = self.count, self._ready(module)
         capacity = max((len(t) for p in self._stacks.values() for t in p.values()), default=0)
         if self.sites and row >= capacity:
-            self._grow(module, max(1, 2 * capacity))
+            self._grow(ready, max(1, 2 * capacity))
         self.count += 1
-        self.replace(row, module)
+        self._write(row, ready)
         return row
 
-    @torch.no_grad()
     def replace(self, row: int, module: Module) -> None:
-        """Overwrite row ``row`` with ``module``."""
-        if not 0 <= row < self.count:
-            raise IndexError(f"the bank has {self.count} modules, not row {row}")
-        for site in self.sites:
-            for name, tensor in module[site.name].items():
-                self._stacks[site.name][name][row].copy_(tensor)
+        """Overwrite row ``row`` with ``module``, folded."""
+        self._require(row)
+        self._write(row, self._ready(module))
 
     def get(self, row: int) -> Module:
-        """Views of row ``row``."""
-        if not 0 <= row < self.count:
-            raise IndexError(f"the bank has {self.count} modules, not row {row}")
-        return {s: {n: t[row] for n, t in params.items()} for s, params in self._stacks.items()}
+        """Views of row ``row``, without what was derived."""
+        self._require(row)
+        return {
+            site.name: {
+                n: t[row] for n, t in self._stacks[site.name].items() if not n.startswith("~")
+            }
+            for site in self.sites
+        }
+
+    def parameters_per_module(self) -> int:
+        """Number of values that a finished module holds."""
+        return sum(t.numel() for params in self._like().values() for t in params.values())
+
+    def check(self, tensors: Mapping[str, Tensor], source: str) -> Module:
+        """Turn ``site/parameter`` tensors into a module, refusing any that do not fit.
+
+        Raises:
+            DamagedRunError: Names missing, left over or misshapen, each by name.
+        """
+        module: Module = {}
+        problems, known = [], set()
+        for site, params in self._like().items():
+            module[site] = {}
+            for name, like in params.items():
+                key = f"{site}/{name}"
+                known.add(key)
+                if key not in tensors:
+                    problems.append(f"missing {key}")
+                elif tensors[key].shape != like.shape:
+                    have, want = tuple(tensors[key].shape), tuple(like.shape)
+                    problems.append(f"{key} has shape {have}, expected {want}")
+                else:
+                    module[site][name] = tensors[key].to(self.device)
+        problems += [f"unknown {key}" for key in sorted(set(tensors) - known)]
+        if problems:
+            raise DamagedRunError(f"{source} does not fit the module: {'; '.join(problems[:5])}")
+        return module
+
+    # ------------------------------------------------------------------ scopes
 
     @contextmanager
     def use(self, route: Route | Module) -> Iterator[None]:
@@ -134,6 +180,91 @@ class Bank:
             yield
         finally:
             self._scope = outer
+
+    @contextmanager
+    def training(self, module: Module) -> Iterator[None]:
+        """Like :meth:`use`, with what only happens in training (dropout) switched on."""
+        self.method.training_mode(True)
+        try:
+            with self.use(module):
+                yield
+        finally:
+            self.method.training_mode(False)
+
+    @contextmanager
+    def merged(self, row: int) -> Iterator[None]:
+        """Inside this scope the backbone's own weights are ``W + delta`` of one module.
+
+        For deployment of a single module: no extra cost per forward pass. On leaving, the weights
+        are copied back, so they are the same bits as before (subtracting would not be exact).
+
+        Raises:
+            ConfigError: The method cannot be merged, or a site's weight is quantized.
+        """
+        module = {
+            s.name: {**p, **{n.lstrip("~"): t for n, t in self._derived(s, p).items()}}
+            for s, p in self._pairs(self.get(row))
+        }
+        saved: list[tuple[Tensor, Tensor]] = []
+        outer, self._scope = self._scope, None
+        try:
+            with torch.no_grad():
+                deltas = [(s, *self.method.delta(s, module[s.name])) for s in self.sites]
+                for site, weight, bias in deltas:
+                    for own, change in ((_mergeable(site), weight), (site.bias, bias)):
+                        if own is not None and change is not None:
+                            saved.append((own, own.clone()))
+                            own.add_(change.to(own.dtype))
+            yield
+        finally:
+            self._scope = outer
+            with torch.no_grad():
+                for own, before in saved:
+                    own.copy_(before)
+
+    def current(self, site: Site) -> Active | None:
+        """What the open scope makes active at ``site``; None outside a scope."""
+        scope = self._scope
+        if scope is None:
+            return None
+        if isinstance(scope, dict):
+            return Active(scope[site.name])
+        stack = self._stacks[site.name]
+        if scope.single is not None:
+            return Active({n.lstrip("~"): t[scope.single] for n, t in stack.items()})
+        params = {n.lstrip("~"): t[scope.modules] for n, t in stack.items()}
+        return Active(params, scope.weights)
+
+    def hook(self, site: Site) -> Callable[..., Tensor]:
+        """A forward hook that puts the method's formula on the output of ``site``'s layer."""
+
+        def act(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            active = self.current(site)
+            if active is None:
+                return y
+            x = args[0]
+            if active.weights is None:
+                return self.method.one(site, x, y, active.params)
+            if len(active.weights) != len(y):
+                raise ValueError(
+                    f"the route has {len(active.weights)} rows, but {site.name} saw a batch of "
+                    f"{len(y)}"
+                )
+            flat = y.reshape(len(y), -1, y.shape[-1])
+            if x.is_floating_point():  # token ids stay as they are
+                x = x.reshape(len(y), -1, x.shape[-1])
+            rows = active.weights.any(1)
+            if bool(rows.all()):
+                return self.method.mixed(site, x, flat, *_split(active)).reshape(y.shape)
+            # samples that no module of this bank answers for cost nothing and keep their bits
+            some = Active({n: t[rows] for n, t in active.params.items()}, active.weights[rows])
+            out = flat.clone()
+            out[rows] = self.method.mixed(site, x[rows], flat[rows], *_split(some))
+            return out.reshape(y.shape)
+
+        return act
+
+    # ------------------------------------------------------------------ inside
 
     def _checked(self, route: Route) -> Route | None:
         """The route, or None where it names no module with any weight.
@@ -150,50 +281,36 @@ class Bank:
             )
         return route
 
-    @contextmanager
-    def training(self, module: Module) -> Iterator[None]:
-        """Like :meth:`use`, with what only happens in training (dropout) switched on."""
-        self.method.training_mode(True)
-        try:
-            with self.use(module):
-                yield
-        finally:
-            self.method.training_mode(False)
+    def _require(self, row: int) -> None:
+        if not 0 <= row < self.count:
+            raise IndexError(f"the bank has {self.count} modules, not row {row}")
 
-    def parameters_per_module(self) -> int:
-        """Number of values that one module holds."""
-        generator = torch.Generator().manual_seed(0)
-        return sum(
-            tensor.numel()
-            for site in self.sites
-            for tensor in self.method.init(site, generator).values()
-        )
-
-    def check(self, tensors: Mapping[str, Tensor], source: str) -> Module:
-        """Turn ``site/parameter`` tensors into a module, refusing any that do not fit.
-
-        Raises:
-            DamagedRunError: Names missing, left over or misshapen, each by name.
-        """
-        module: Module = {}
-        problems, known = [], set()
-        generator = torch.Generator().manual_seed(0)
+    def _pairs(self, module: Module) -> Iterator[tuple[Site, Params]]:
         for site in self.sites:
-            module[site.name] = {}
-            for name, like in self.method.init(site, generator).items():
-                key = f"{site.name}/{name}"
-                known.add(key)
-                if key not in tensors:
-                    problems.append(f"missing {key}")
-                elif tensors[key].shape != like.shape:
-                    have, want = tuple(tensors[key].shape), tuple(like.shape)
-                    problems.append(f"{key} has shape {have}, expected {want}")
-                else:
-                    module[site.name][name] = tensors[key].to(self.device)
-        problems += [f"unknown {key}" for key in sorted(set(tensors) - known)]
-        if problems:
-            raise DamagedRunError(f"{source} does not fit the module: {'; '.join(problems[:5])}")
-        return module
+            yield site, module[site.name]
+
+    def _derived(self, site: Site, params: Params) -> Params:
+        return {f"~{name}": t for name, t in self.method.derive(site, params).items()}
+
+    @torch.no_grad()
+    def _ready(self, module: Module) -> Module:
+        """A module as the stacks hold it: folded, with derived tensors, marked by ``~``."""
+        ready = {}
+        for site, params in self._pairs(module):
+            folded = {n: t.detach() for n, t in self.method.fold(site, params).items()}
+            ready[site.name] = {**folded, **self._derived(site, folded)}
+        return ready
+
+    def _like(self) -> Module:
+        """A finished module with meaningless values, for its names and shapes."""
+        generator = torch.Generator().manual_seed(0)
+        return {s.name: self.method.fold(s, self.method.init(s, generator)) for s in self.sites}
+
+    @torch.no_grad()
+    def _write(self, row: int, ready: Module) -> None:
+        for site, params in ready.items():
+            for name, tensor in params.items():
+                self._stacks[site][name][row].copy_(tensor)
 
     def _grow(self, like: Module, capacity: int) -> None:
         for site in self.sites:
@@ -204,29 +321,23 @@ class Bank:
                     bigger[: self.count] = stack[name][: self.count]
                 stack[name] = bigger
 
-    def _hook(self, site: Site) -> Any:  # noqa: ANN401 (torch's hook signature)
-        def act(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            scope = self._scope
-            if scope is None:
-                return y
-            if isinstance(scope, dict):
-                return self.method.one(site, args[0], y, scope[site.name])
-            if scope.single is not None:
-                params = {n: t[scope.single] for n, t in self._stacks[site.name].items()}
-                return self.method.one(site, args[0], y, params)
-            if len(scope.modules) != len(y):
-                raise ValueError(
-                    f"the route has {len(scope.modules)} rows, but {site.name} saw a batch of "
-                    f"{len(y)}"
-                )
-            params = {n: t[scope.modules] for n, t in self._stacks[site.name].items()}
-            x = args[0].reshape(len(y), -1, site.d_in)
-            flat = y.reshape(len(y), -1, site.d_out)
-            return self.method.mixed(site, x, flat, params, scope.weights).reshape(y.shape)
-
-        return act
-
 
 def flatten(module: Module) -> dict[str, Tensor]:
     """``site/parameter`` names, as stored on disk."""
     return {f"{s}/{n}": t.detach() for s, params in module.items() for n, t in params.items()}
+
+
+def _split(active: Active) -> tuple[Params, Tensor]:
+    assert active.weights is not None
+    return active.params, active.weights
+
+
+def _mergeable(site: Site) -> Tensor:
+    """The weight of a site, refused where it is quantized."""
+    if not site.weight.is_floating_point():
+        raise ConfigError(
+            f"{site.name} is quantized: adding a module to 4-bit weights and rounding again would "
+            "lose more than the module learned. Merge into the unquantized backbone, or keep the "
+            "module beside it."
+        )
+    return site.weight

@@ -9,11 +9,15 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cl_peft.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from cl_peft.modules.bank import Bank
 
 #: The parameters of one module at one site, or of a whole batch of modules stacked in front.
 Params = dict[str, Tensor]
@@ -24,26 +28,53 @@ class Site:
     """One place in the backbone where a module acts.
 
     Attributes:
-        name: Dotted name inside the backbone's model.
-        layer: The frozen linear layer, weight ``(out, in)``.
+        name: Dotted name inside the backbone's model; with ``:`` and a word where one layer has
+            several sites.
+        layer: The frozen layer; most methods act on linear layers, weight ``(out, in)``.
     """
 
     name: str
-    layer: nn.Linear
+    layer: nn.Module
 
     @property
     def d_in(self) -> int:
-        """Input width."""
-        return self.layer.in_features
+        """Input width of a linear layer."""
+        return int(self.layer.in_features)  # type: ignore[arg-type]
 
     @property
     def d_out(self) -> int:
-        """Output width."""
-        return self.layer.out_features
+        """Output width of a linear layer."""
+        return int(self.layer.out_features)  # type: ignore[arg-type]
+
+    @property
+    def weight(self) -> Tensor:
+        """Frozen weight of a linear layer, ``(out, in)``."""
+        weight = self.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Frozen bias of a linear layer, ``(out,)``, if it has one."""
+        bias = self.layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+
+class Handle(Protocol):
+    """What ``register_forward_hook`` returns."""
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        ...
 
 
 class Method(ABC):
-    """A PEFT method on linear sites."""
+    """A PEFT method.
+
+    The common case changes the outputs of layers: :meth:`one` and :meth:`mixed`. A method that acts
+    elsewhere (prompts, prefixes) overrides :meth:`install` and asks the bank for what is active.
+    """
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
@@ -83,8 +114,42 @@ class Method(ABC):
             weights: ``(B, k)`` weight of each module for each sample; 0 switches one off.
         """
 
+    def derive(self, site: Site, p: Params) -> Params:
+        """Tensors that follow from a finished module and are worth computing once.
+
+        They are kept beside the module's own in the bank, never on disk, and handed to :meth:`one`
+        and :meth:`mixed` together with them.
+        """
+        return {}
+
+    def fold(self, site: Site, p: Params) -> Params:
+        """What a module keeps when its task ends; a reparameterisation disappears here."""
+        return p
+
+    def delta(self, site: Site, p: Params) -> tuple[Tensor, Tensor | None]:
+        """Change of a linear layer's weight ``(out, in)`` and bias that equals the module.
+
+        Raises:
+            ConfigError: This method cannot be merged into the backbone.
+        """
+        raise ConfigError(f"{type(self).__name__} modules cannot be merged into the backbone.")
+
+    def install(self, bank: Bank, model: nn.Module) -> list[Handle]:
+        """Place hooks on the backbone; by default one on the output of every site."""
+        return [site.layer.register_forward_hook(bank.hook(site)) for site in bank.sites]
+
     def training_mode(self, training: bool) -> None:  # noqa: B027 (an option, not a duty)
         """Switch what only happens in training, such as dropout."""
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell pattern fits a dotted name as a whole, or its end."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def by_pattern(name: str, patterns: dict[str, Any], default: Any) -> Any:  # noqa: ANN401
+    """The value of the first pattern that fits a site's name."""
+    return next((v for pattern, v in patterns.items() if matches(name, pattern)), default)
 
 
 def linear_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
@@ -104,11 +169,7 @@ def linear_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
         if pattern == "all":
             found = inner
         else:
-            found = {
-                n: m
-                for n, m in linears.items()
-                if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"*.{pattern}")
-            }
+            found = {n: m for n, m in linears.items() if matches(n, pattern)}
         if not found:
             ends = sorted({n.rsplit(".", 1)[-1] for n in linears})
             raise ConfigError(
