@@ -50,6 +50,7 @@ class Protocol(_Closed):
     scenario: Literal["class", "task", "domain"] = "class"
     tasks: PositiveInt | None = None
     order: list[str] | None = None
+    max_classes: PositiveInt | None = None
     shots: PositiveInt | None = None
     test_shots: PositiveInt | None = None
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -31,6 +31,7 @@ from cl_peft.view import ResultView, duration, percent, size, sweep_status
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
 __all__ = ["Bar", "Console", "ResultView", "status_table", "sweep_status"]
 
@@ -178,8 +179,10 @@ class Console:
 
     def status(self, folder: Path) -> None:
         """Print the table of all runs of a group."""
+        status = sweep_status(folder)
         self._line("")
-        self._out.print(status_table(folder, plain=not self._out.is_terminal))
+        self._line(f"{len(status)} run{'s' * (len(status) != 1)} in {folder}", style="bold")
+        self._out.print(status_table(status, plain=not self._out.is_terminal))
 
     def _line(self, text: str, style: str = "") -> None:
         self._out.print(Text(text, style=style), soft_wrap=True)
@@ -237,16 +240,14 @@ class _Amount(ProgressColumn):
         return Text(text, no_wrap=True, justify="right")
 
 
-def status_table(folder: Path, plain: bool = False) -> Table:
+def status_table(status: pd.DataFrame, plain: bool = False) -> Table:
     """A table of all runs of a group.
 
     Args:
-        folder: The group's folder, such as ``runs/newsgroups``.
+        status: As :func:`sweep_status` gives it.
         plain: ASCII only.
     """
-    status = sweep_status(folder)
     table = _table(gap=2, plain=plain)
-    table.title = Text(f"{len(status)} runs in {folder}", style="bold")
     settings = bool(status["settings"].any())
     table.add_column("settings" if settings else "run", overflow="fold")
     table.add_column("state", no_wrap=True)

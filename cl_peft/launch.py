@@ -117,6 +117,8 @@ def job(cfg: DictConfig) -> float:
         raise
     console = Console(bars=False if jobs != 1 else None)
     name = run_id(config)
+    if hydra is not None and sweep:
+        console.message(f"job {hydra.job.num}: {' '.join(hydra.overrides.task)}")
     folder = RunFolder(Path(config["paths"]["runs"]).expanduser() / config["group"] / name)
     for axis in ("module", "router"):
         given = OmegaConf.select(cfg, f"{axis}.name")
@@ -138,6 +140,8 @@ def job(cfg: DictConfig) -> float:
             _compute(config, folder, console, jobs)
     from cl_peft import presentation
 
+    if sweep:  # the sweep's table comes at its end
+        return presentation.write(folder.path).score
     return presentation.show(folder.path, console)
 
 

@@ -209,9 +209,10 @@ class ResultView:
             return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
         count = "{:,.0f}".format
+        shared = self.done > 1 and self.value("bank_modules") == 1
         return (
-            f"per task {over_tasks('module_parameters', count)} module + "
-            f"{over_tasks('head_parameters', count)} head parameters, "
+            f"{'in all' if shared else 'per task'} {over_tasks('module_parameters', count)} "
+            f"module + {over_tasks('head_parameters', count)} head parameters, "
             f"{over_tasks('module_bytes', size)}; router {size(self.value('router_state_bytes'))}"
         )
 

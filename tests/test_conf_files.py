@@ -9,7 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from package_index import PackageIndex, wheel
-from running import CONF, config, rows_of, run, warm_command
+from running import CONF, RIDGE, config, rows_of, run, warm_command
 
 from cl_peft.config import AXES, Protocol, run_id, validate
 from cl_peft.errors import ConfigError
@@ -171,6 +171,11 @@ def test_sweep_names_different_valid_runs(name):
 @pytest.mark.parametrize("name", names("sweep"))
 def test_sweep_runs(name, places, tmp_path):
     small = ["trainer.epochs=1", "stream.tasks=2"]
+    if (
+        "router"
+        not in config(*SMOKE, f"sweep={name}", return_hydra_config=True).hydra.sweeper.params
+    ):
+        small += RIDGE
     done = warm_command("--multirun", *SMOKE, f"sweep={name}", *small, *places, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (table,) = (tmp_path / "runs").glob("*/status.csv")

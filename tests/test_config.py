@@ -11,7 +11,7 @@ from cl_peft import config as config_module
 from cl_peft.config import AXES, build, plain, run_id, validate
 from cl_peft.errors import ConfigError
 
-SMOKE = ("debug=smoke",)
+SMOKE = ("debug=smoke", "router=ridge")
 
 
 def words(text):

@@ -13,6 +13,7 @@ from cl_peft.runs import RunFolder
 LEARNERS = ("isolated", "sequential", "joint", "frozen")
 SMALL = (
     "debug=smoke",
+    "router=ridge",
     "router.projection=48",
     "stream.train_per_class=10",
     "stream.test_per_class=4",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from package_index import PackageIndex, wheel
-from running import RIDGE, command, config, digests, folder_of, rows_of, run, write_csv
+from running import CONF, RIDGE, command, config, digests, folder_of, rows_of, run, write_csv
 
 from cl_peft.launch import job, launch
 from cl_peft.runs import RunFolder
@@ -78,8 +78,9 @@ def test_looking_needs_no_torch(quick, args, shown):
 
 def test_help_names_every_group_and_key(quick):
     text = quick("--help").stdout
-    for line in ("module: lora, none", "learner: frozen, isolated, joint, sequential"):
-        assert line in text
+    groups = {path.name: path for path in CONF.iterdir() if path.is_dir()}
+    for group, folder in groups.items():
+        assert f"{group}: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}\n" in text
     assert "order: 0" in text
 
 

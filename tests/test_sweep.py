@@ -99,6 +99,6 @@ def test_table_of_every_group_that_the_sweep_touched(tmp_path, cache):
     assert "there is no class 'x'" in failed.stderr
     done = sweep(tmp_path, *places, "group=a,b")
     assert done.returncode == 0
-    assert [done.stdout.count(f"runs in {tmp_path / group}") for group in "ab"] == [1, 1]
+    assert [done.stdout.count(f" in {tmp_path / group}\n") for group in "ab"] == [1, 1]
     table = pd.read_csv(tmp_path / "a" / "status.csv")
     assert sorted(table["state"]) == ["failed", "finished"]

@@ -52,6 +52,12 @@ def make_stream(raw: RawData, protocol: Protocol, *, order_seed: int, data_seed:
 def _class_plans(raw: RawData, protocol: Protocol, seed: int) -> list[_Plan]:
     """Disjoint classes per task. Where the division leaves a rest, the first tasks get one more."""
     names, wanted = raw.class_names, protocol.tasks or 1
+    used = len(names) if protocol.max_classes is None else protocol.max_classes
+    if used > len(names):
+        raise DataError(
+            f"stream.max_classes={used}: there are only {len(names)} classes in stream="
+            f"{protocol.name}."
+        )
     empty = [name for i, name in enumerate(names) if not np.any(raw.train.labels == i)]
     if empty:
         raise DataError(
@@ -64,17 +70,16 @@ def _class_plans(raw: RawData, protocol: Protocol, seed: int) -> list[_Plan]:
             f"stream={protocol.name}: no test example for {_list(untested)}, so accuracy on it "
             "cannot be measured. Remove the class, or add examples."
         )
-    if wanted > len(names):
+    if wanted > used:
         raise DataError(
-            f"stream.tasks={wanted}: there are only {len(names)} classes in stream="
-            f"{protocol.name}, and every task needs at least one. Use stream.tasks={len(names)} "
-            "or fewer."
+            f"stream.tasks={wanted}: there are only {used} classes in stream={protocol.name}, and "
+            f"every task needs at least one. Use stream.tasks={used} or fewer."
         )
     if protocol.order is None:
         order = np.random.default_rng([seed, 0]).permutation(len(names)).tolist()
     else:
         order = [names.index(name) for name in _explicit(protocol.order, names, "class")]
-    sizes = [len(names) // wanted + (i < len(names) % wanted) for i in range(wanted)]
+    sizes = [used // wanted + (i < used % wanted) for i in range(wanted)]
     ends = np.cumsum(sizes).tolist()
     groups = [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
     return [_Plan(f"task {i + 1}", tuple(sorted(g))) for i, g in enumerate(groups)]

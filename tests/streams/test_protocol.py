@@ -211,3 +211,13 @@ def test_domain_without_test_examples():
     data = RawData(data.train, test, data.class_names)
     with pytest.raises(DataError, match="no test example for domain 'b'"):
         cut(data, scenario="domain", tasks=None)
+
+
+def test_only_some_classes():
+    """The first of the order: fewer classes are a prefix of the same partition."""
+    whole = groups(cut(raw(), order=3, tasks=6))
+    assert groups(cut(raw(), order=3, tasks=4, max_classes=4)) == whole[:4]
+    with pytest.raises(DataError, match=r"stream\.max_classes=7: there are only 6 classes"):
+        cut(raw(), max_classes=7)
+    with pytest.raises(DataError, match=r"stream\.tasks=3: there are only 2 classes"):
+        cut(raw(), max_classes=2, tasks=3)
