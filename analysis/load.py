@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from cl_peft.archives import short_name
 from cl_peft.errors import DamagedRunError, DataError, did_you_mean
 
 #: Column of the tidy frame -> key of the resolved configuration it comes from.
@@ -78,6 +79,7 @@ def load_runs(
             settings = load_config(path)
             about = {"state": _status(path)["state"]}
             about |= {column: settings.get(key) for column, key in CONFIG_COLUMNS.items()}
+            about["backbone"] = short_name(str(about["backbone"]))
             about["group"] = about["group"] or path.parent.name
             about |= {key: _cell(settings.get(key)) for key in config}
             results = _load_tasks(path, "results.parquet", ("run", *RESULT_COLUMNS))

@@ -70,6 +70,11 @@ class Address:
         return f"{_normal(self.name)}-{self.version}-{self.sha256[:8]}"
 
 
+def short_name(name: str) -> str:
+    """``NAME==VERSION`` of an address, for people; any other name as it is."""
+    return name.removeprefix("package:").split("/")[0] if is_address(name) else name
+
+
 def is_address(name: str) -> bool:
     """True if ``name`` is meant as an address, well formed or not."""
     return name.startswith("package:")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_peft.archives import short_name
 from cl_peft.atomic import write_atomic
 from cl_peft.view import ResultView, flatten, percent, read_json
 
@@ -51,7 +52,8 @@ def render(view: ResultView) -> str:
 
 def _state(view: ResultView) -> list[str]:
     axes = ("stream", "backbone", "module", "router", "learner")
-    settings = [f"{axis} {view.config.get(axis, {}).get('name', '?')}" for axis in axes]
+    names = [short_name(str(view.config.get(axis, {}).get("name", "?"))) for axis in axes]
+    settings = [f"{axis} {name}" for axis, name in zip(axes, names, strict=True)]
     settings += [f"seed.{key} {value}" for key, value in view.config.get("seed", {}).items()]
     lines = [", ".join(settings) + "."]
     if view.state != "finished":

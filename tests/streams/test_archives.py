@@ -421,3 +421,9 @@ def test_no_import_of_heavy_packages(module):
     code = f"import sys, cl_peft.{module}; print({{'torch', 'datasets'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_short_name():
+    address = f"package:tiny-pkg==1.0/tiny/model#sha256={'0' * 64}"
+    assert archives.short_name(address) == "tiny-pkg==1.0"
+    assert archives.short_name("owner/model") == "owner/model"
