@@ -77,12 +77,14 @@ class Backbone(ABC):
 
     Attributes:
         modality: What it reads.
+        quantize: How the layers' weights are kept.
         width: Size of a pooled feature, ``H``.
         model: The transformer.
         device: Where it lives.
     """
 
     modality: ClassVar[Literal["text", "image"]] = "text"
+    quantize: Literal["none", "nf4"] = "none"
     model: PreTrainedModel
     width: int
     device: torch.device
@@ -103,12 +105,16 @@ class Backbone(ABC):
             ConfigError: The model does not fit this kind of backbone.
         """
         self.device = device
+        if self.quantize == "nf4":
+            from cl_peft.backbones import nf4  # says what is missing, before a download
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a pooler that a checkpoint lacks is drawn: always the same one
             model = self._load(cache, seed, progress)
         self.model = model.to(device=device, dtype=torch.float32).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        if self.quantize == "nf4":
+            nf4.quantize(self.model)
         self._fingerprint = self.weights_fingerprint()
 
     @abstractmethod
@@ -233,14 +239,22 @@ class TextBackbone(Backbone):
             package (``package:NAME==VERSION/FOLDER#sha256=HEX``).
         max_length: Tokens kept of each text; longer texts are cut on the right.
         revision: Branch, tag or commit on the hub.
+        quantize: ``nf4``: 4-bit weights in the transformer's layers (QLoRA).
     """
 
     tokenizer: Any
 
-    def __init__(self, name: str, max_length: int, revision: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        max_length: int,
+        revision: str | None,
+        quantize: Literal["none", "nf4"] = "none",
+    ) -> None:
         self.name = name
         self.max_length = max_length
         self.revision = revision
+        self.quantize = quantize
 
     def _load(self, cache: Path, seed: int, progress: Progress | None) -> PreTrainedModel:
         with pretrained(self.name, self.revision, cache, progress) as (where, options):

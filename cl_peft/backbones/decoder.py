@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
@@ -19,14 +21,19 @@ class Decoder(TextBackbone):
         name: Hugging Face model name, local folder, or package address.
         max_length: Tokens kept of each text.
         revision: Branch, tag or commit on the hub.
+        quantize: ``nf4``: 4-bit weights in the transformer's layers (QLoRA, see ``nf4.py``).
     """
 
     pooling = "last"
 
     def __init__(
-        self, name: str, max_length: PositiveInt = 128, revision: str | None = None
+        self,
+        name: str,
+        max_length: PositiveInt = 128,
+        revision: str | None = None,
+        quantize: Literal["none", "nf4"] = "none",
     ) -> None:
-        super().__init__(name, max_length, revision)
+        super().__init__(name, max_length, revision, quantize)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Pooled features ``(B, H)``."""

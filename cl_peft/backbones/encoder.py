@@ -22,6 +22,7 @@ class Encoder(TextBackbone):
         pooling: ``mean`` or ``cls``.
         max_length: Tokens kept of each text.
         revision: Branch, tag or commit on the hub.
+        quantize: ``nf4``: 4-bit weights in the transformer's layers (QLoRA, see ``nf4.py``).
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class Encoder(TextBackbone):
         pooling: Literal["mean", "cls"] = "mean",
         max_length: PositiveInt = 128,
         revision: str | None = None,
+        quantize: Literal["none", "nf4"] = "none",
     ) -> None:
-        super().__init__(name, max_length, revision)
+        super().__init__(name, max_length, revision, quantize)
         self.pooling = pooling
 
     def __call__(self, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -24,6 +24,7 @@ class Tiny(Encoder):
         layers: Number of transformer layers.
         heads: Attention heads.
         max_length: Bytes kept of each text.
+        quantize: ``nf4``: 4-bit weights; needs a width that is a multiple of 64.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Tiny(Encoder):
         layers: PositiveInt = 2,
         heads: PositiveInt = 2,
         max_length: PositiveInt = 64,
+        quantize: Literal["none", "nf4"] = "none",
     ) -> None:
-        super().__init__(name, "mean", max_length, None)
+        super().__init__(name, "mean", max_length, None, quantize)
         self.width, self.layers, self.heads = width, layers, heads
 
     def _load(self, cache: Path, seed: int, progress: Progress | None) -> PreTrainedModel:

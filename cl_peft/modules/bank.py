@@ -209,9 +209,11 @@ class Bank:
         outer, self._scope = self._scope, None
         try:
             with torch.no_grad():
-                deltas = [(s, *self.method.delta(s, module[s.name])) for s in self.sites]
-                for site, weight, bias in deltas:
-                    for own, change in ((_mergeable(site), weight), (site.bias, bias)):
+                deltas = [
+                    (s, *self.method.delta(s, module[s.name]), _mergeable(s)) for s in self.sites
+                ]
+                for site, weight, bias, table in deltas:
+                    for own, change in ((table, weight), (site.bias, bias)):
                         if own is not None and change is not None:
                             saved.append((own, own.clone()))
                             own.add_(change.to(own.dtype))
@@ -334,7 +336,7 @@ def _split(active: Active) -> tuple[Params, Tensor]:
 
 def _mergeable(site: Site) -> Tensor:
     """The weight of a site, refused where it is quantized."""
-    if not site.weight.is_floating_point():
+    if site.quantized:
         raise ConfigError(
             f"{site.name} is quantized: adding a module to 4-bit weights and rounding again would "
             "lose more than the module learned. Merge into the unquantized backbone, or keep the "

@@ -47,10 +47,20 @@ class Site:
         return int(self.layer.out_features)  # type: ignore[arg-type]
 
     @property
+    def quantized(self) -> bool:
+        """Whether the layer keeps its weight as codes of a few bits."""
+        weight = getattr(self.layer, "weight", None)
+        return getattr(weight, "quant_state", None) is not None
+
+    @property
     def weight(self) -> Tensor:
-        """Frozen weight of a linear layer, ``(out, in)``."""
+        """Frozen weight of a linear layer, ``(out, in)``; a copy, made anew, if quantized."""
         weight = self.layer.weight
         assert isinstance(weight, Tensor)
+        if self.quantized:
+            from cl_peft.backbones.nf4 import dequantized
+
+            return dequantized(weight)
         return weight
 
     @property

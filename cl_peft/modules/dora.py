@@ -81,7 +81,9 @@ class DoRA(LoRA):
 def _squares(site: Site) -> Tensor:
     """Squared norms of the frozen rows, ``(out,)``; they never change, so they are kept."""
     kept = getattr(site.layer, "_row_squares", None)
-    if kept is None or kept.device != site.weight.device:
+    stored = site.layer.weight
+    assert isinstance(stored, Tensor)
+    if kept is None or kept.device != stored.device:
         kept = site.weight.float().square().sum(1)
         site.layer.__dict__["_row_squares"] = kept  # no buffer: the backbone's state stays as it is
     return kept
