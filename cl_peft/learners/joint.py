@@ -6,18 +6,18 @@ It keeps every example, which no continual learner may; it exists to be compared
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from cl_peft.learners.base import Learner
+from cl_peft.learners.shared import SharedModule
 from cl_peft.modules.head import Head
 from cl_peft.streams.base import Split, Task
 from cl_peft.training import generator
 
 
-class Joint(Learner):
+class Joint(SharedModule):
     """One module, trained from scratch on the union of all tasks seen.
 
     Args:
@@ -25,9 +25,6 @@ class Joint(Learner):
             reference for intransigence, at T/2 times the cost; ``last``: only after the last task,
             and the other rows stay empty.
     """
-
-    uses_router: ClassVar[bool] = False
-    keeps: ClassVar[Literal["all", "last"]] = "last"
 
     def __init__(self, when: Literal["every_task", "last"] = "every_task") -> None:
         self.when = when
@@ -45,24 +42,12 @@ class Joint(Learner):
         head = Head.fresh(classes, self.tools.backbone.width, random, self._device)
         train = _union([t.train for t in self._seen])
         self._fit(task, module, head, train, _union([t.validation for t in self._seen]))
-        if self.tools.bank.count:
-            self.tools.bank.replace(0, module)
-        else:
-            self.tools.bank.add(module)
-        self.units = {task.index: self._unit(0, head)}
-
-    def unit_for(self, task: int) -> int | None:
-        """The one unit there is, if there is one."""
-        return self._newest if self.units else None
+        self._keep(task.index, module, head)
 
     def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
         """Remember all tasks; put the last module back if there was one."""
         self._seen = list(seen)
-        last = seen[-1].index
-        if last in snapshots:
-            module, head = self._load(snapshots[last], last)
-            self.tools.bank.add(module)
-            self.units = {last: self._unit(0, head)}
+        super().restore(snapshots, seen)
 
 
 def _union(splits: list[Split]) -> Split:

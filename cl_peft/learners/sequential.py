@@ -6,21 +6,13 @@ far, with examples of the current task only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
-
-from torch import Tensor
-
-from cl_peft.learners.base import Learner
+from cl_peft.learners.shared import SharedModule
 from cl_peft.streams.base import Task
 from cl_peft.training import generator
 
 
-class Sequential(Learner):
+class Sequential(SharedModule):
     """One module for all tasks, without any protection against forgetting."""
-
-    uses_router: ClassVar[bool] = False
-    keeps: ClassVar[Literal["all", "last"]] = "last"
 
     def learn(self, task: Task) -> None:
         """Train the one module on."""
@@ -35,19 +27,4 @@ class Sequential(Learner):
             old = self.units[self._newest].head
             head = old.widen(task.classes, generator(self.tools.seeds.init, task.index))
         self._fit(task, module, head, task.train, task.validation)
-        if self.tools.bank.count:
-            self.tools.bank.replace(0, module)
-        else:
-            self.tools.bank.add(module)
-        self.units = {task.index: self._unit(0, head)}
-
-    def unit_for(self, task: int) -> int | None:
-        """The one unit there is."""
-        return self._newest if self.units else None
-
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
-        """Put the last module back."""
-        last = seen[-1].index
-        module, head = self._load(snapshots[last], last)
-        self.tools.bank.add(module)
-        self.units = {last: self._unit(0, head)}
+        self._keep(task.index, module, head)
