@@ -194,7 +194,7 @@ class World:
         return {
             "run": run_id(self.config),
             "stream_fingerprint": self.stream.fingerprint,
-            "backbone_fingerprint": self.backbone.fingerprint,
+            **self.backbone.facts(),
             "preprocessing": self.backbone.preprocessing(),
             "device": str(self.backbone.device),
             "threads": torch.get_num_threads(),

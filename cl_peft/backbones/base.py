@@ -142,6 +142,15 @@ class Backbone(ABC):
         """Name of weights as they were loaded."""
         return self._fingerprint
 
+    def facts(self) -> dict[str, Any]:
+        """What provenance.json records of it."""
+        facts: dict[str, Any] = {"backbone_fingerprint": self.fingerprint}
+        if self.quantize == "nf4":
+            from cl_peft.backbones import nf4
+
+            facts["quantized_bits_per_parameter"] = nf4.quantized_bits_per_parameter(self.model)
+        return facts
+
     def weights_fingerprint(self) -> str:
         """Compute the fingerprint of the weights as they are now."""
         return tensor_fingerprint(dict(self.model.state_dict()))

@@ -74,8 +74,9 @@ class Features:
         """Frozen pooled features ``(N, H)`` float32 on the CPU, computed once per example."""
         ids = [content_id(item) for item in inputs]
         missing = {i: item for i, item in zip(ids, inputs, strict=True) if i not in self._features}
+        device = self.backbone.device.type  # other kinds of device round differently
         for names, items in _chunks(missing):
-            key = _key("features", [self.backbone.key(), self.batch_size], names)
+            key = _key("features", [self.backbone.key(), self.batch_size, device], names)
             value = self._get("features", key, partial(self._forward, items))
             for name, row in zip(names, value["features"], strict=True):
                 self._features[name] = row

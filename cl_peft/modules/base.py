@@ -173,6 +173,11 @@ def linear_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
         ConfigError: A pattern matches no linear layer; the layers' last names are listed.
     """
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    if not linears:
+        raise ConfigError(
+            "module.sites: the backbone has no torch.nn.Linear layers (GPT-2 has another kind, which "
+            "is not supported). Use another backbone."
+        )
     inner = {n: m for n, m in linears.items() if any(part.isdigit() for part in n.split("."))}
     chosen: dict[str, nn.Linear] = {}
     for pattern in patterns:
