@@ -244,7 +244,7 @@ class Bank:
             active = self.current(site)
             if active is None:
                 return y
-            x = args[0]
+            x = self.method.source(site, args[0])
             if active.weights is None:
                 return self.method.one(site, x, y, active.params)
             if len(active.weights) != len(y):

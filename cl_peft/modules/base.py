@@ -148,6 +148,10 @@ class Method(ABC):
         """Place hooks on the backbone; by default one on the output of every site."""
         return [site.layer.register_forward_hook(bank.hook(site)) for site in bank.sites]
 
+    def source(self, site: Site, x: Tensor) -> Tensor:
+        """What :meth:`one` and :meth:`mixed` receive as ``x``; by default the layer's input."""
+        return x
+
     def training_mode(self, training: bool) -> None:  # noqa: B027 (an option, not a duty)
         """Switch what only happens in training, such as dropout."""
 
@@ -175,8 +179,8 @@ def linear_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     if not linears:
         raise ConfigError(
-            "module.sites: the backbone has no torch.nn.Linear layers (GPT-2 has another kind, which "
-            "is not supported). Use another backbone."
+            "module.sites: the backbone has no torch.nn.Linear layers (GPT-2 has another kind, "
+            "which is not supported). Use another backbone."
         )
     inner = {n: m for n, m in linears.items() if any(part.isdigit() for part in n.split("."))}
     chosen: dict[str, nn.Linear] = {}
