@@ -144,6 +144,14 @@ class Method(ABC):
         """
         raise ConfigError(f"{type(self).__name__} modules cannot be merged into the backbone.")
 
+    def peft_config(self, sites: list[Site]) -> dict[str, Any] | None:
+        """What peft's ``adapter_config.json`` says of it; None where peft has no such."""
+        return None
+
+    def peft_name(self, site: Site, name: str) -> str:
+        """What Hugging Face peft calls a parameter at a site."""
+        raise ConfigError(f"{type(self).__name__} has no equivalent in Hugging Face peft.")
+
     def install(self, bank: Bank, model: nn.Module) -> list[Handle]:
         """Place hooks on the backbone; by default one on the output of every site."""
         return [site.layer.register_forward_hook(bank.hook(site)) for site in bank.sites]

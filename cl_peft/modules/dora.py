@@ -19,6 +19,8 @@ code.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,15 @@ class DoRA(LoRA):
         ratio = (p["m"] / self._norm(site, p)).unsqueeze(1)
         low_rank = self.scale(site) * p["B"] @ p["A"]
         return (ratio - 1) * site.weight + ratio * low_rank, None
+
+    def peft_config(self, sites: list[Site]) -> dict[str, Any] | None:
+        """A ``LoraConfig`` with ``use_dora``."""
+        config = super().peft_config(sites)
+        return None if config is None else {**config, "use_dora": True}
+
+    def peft_name(self, site: Site, name: str) -> str:
+        """As LoRA, and ``lora_magnitude_vector``."""
+        return "lora_magnitude_vector" if name == "m" else super().peft_name(site, name)
 
     @torch.no_grad()
     def _norm(self, site: Site, p: Params) -> Tensor:

@@ -13,7 +13,7 @@ Parameters per site: ``r (in + out)``.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -104,6 +104,27 @@ class LoRA(Method):
         """``s B A``, transposed for an embedding table ``(vocabulary, out)``."""
         change = self.scale(site) * p["B"] @ p["A"]
         return (change.T if isinstance(site.layer, nn.Embedding) else change), None
+
+    def peft_config(self, sites: list[Site]) -> dict[str, Any] | None:
+        """A ``LoraConfig`` whose targets are exactly these sites."""
+        ranks = {s.name: self.rank_at(s) for s in sites}
+        alphas = {s.name: float(by_pattern(s.name, self.alpha_pattern, self.alpha)) for s in sites}
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.scaling == "sqrt_r",
+            "use_dora": False,
+            "target_modules": sorted(ranks),
+            "rank_pattern": {n: r for n, r in ranks.items() if r != self.rank},
+            "alpha_pattern": {n: a for n, a in alphas.items() if a != self.alpha},
+        }
+
+    def peft_name(self, site: Site, name: str) -> str:
+        """``lora_A.weight`` and ``lora_B.weight``, or ``lora_embedding_A``."""
+        embedding = isinstance(site.layer, nn.Embedding)
+        return f"lora_embedding_{name}" if embedding else f"lora_{name}.weight"
 
     def training_mode(self, training: bool) -> None:
         """Switch dropout."""
