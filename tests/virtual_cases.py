@@ -1,5 +1,6 @@
 """Tiny random models, batches and checks that tests of prompts and prefixes share."""
 
+import pytest
 import torch
 from core_fixtures import CPU
 from transformers import (
@@ -120,3 +121,18 @@ def check_learns(method, model, batch, lr):
     assert losses[-1] < 0.7 * losses[0]
     assert all(p.grad is None for p in model.parameters())
     return bank, module
+
+
+def check_survives_a_failure(bank, model, batch):
+    """A forward pass that fails half way leaves nothing behind for the next one."""
+    plain = hidden(model, batch)
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = layers[1].register_forward_hook(fail)
+    with pytest.raises(MemoryError), bank.use(bank.fresh(torch.Generator())):
+        model(**batch)
+    handle.remove()
+    assert torch.equal(hidden(model, batch), plain)
