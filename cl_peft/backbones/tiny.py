@@ -49,7 +49,7 @@ class Tiny(Encoder):
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             intermediate_size=4 * self.width,
-            max_position_embeddings=max(384, self.max_length),  # with room for virtual tokens
+            max_position_embeddings=max(160, self.max_length),  # with room for virtual tokens
             pad_token_id=self.tokenizer.pad_token_id,
             initializer_range=0.2,
         )
