@@ -20,18 +20,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from cl_peft import presentation
-from cl_peft.backbones.base import Backbone
+from cl_peft import loading, presentation
+from cl_peft.backbones.base import Backbone, choose_device
 from cl_peft.backbones.features import Features
 from cl_peft.config import Seeds, build, run_id, split_stream
 from cl_peft.console import Bar, Console
-from cl_peft.errors import ConfigError, DataError
+from cl_peft.errors import DataError
 from cl_peft.evaluation import Evaluator
-from cl_peft.learners.base import Learner, Tools
-from cl_peft.modules.bank import Bank
+from cl_peft.learners.base import Learner
 from cl_peft.routers.base import Router
 from cl_peft.runs import RunFolder
 from cl_peft.store import ContentStore
@@ -159,7 +158,7 @@ class World:
         backbone: Backbone = build(config["backbone"])
         with downloading(console, "model") as download:
             backbone.load(cache, device, seed.init, download)
-        trainer = build(config["trainer"])
+        batch_size = build(config["trainer"]).eval_batch_size
 
         def progress(batches: Sequence[np.ndarray], total: int) -> Iterator[np.ndarray]:
             with console.bar("frozen features", total=total) as bar:
@@ -167,25 +166,10 @@ class World:
                     yield batch
                     bar.advance()
 
-        features = Features(backbone, ContentStore(cache), trainer.eval_batch_size, progress)
-        router: Router = build(config["router"])
-        router.start(backbone.width, seed.init)
-        learner: Learner = build(config["learner"])
+        features = Features(backbone, ContentStore(cache), batch_size, progress)
         tracker: Tracker = build(config["tracker"])
-        learner.start(
-            Tools(
-                backbone=backbone,
-                bank=Bank(build(config["module"]), backbone.model, device),
-                features=features,
-                trainer=trainer,
-                optimizer=build(config["optimizer"]),
-                seeds=seed,
-                n_classes=len(stream.class_names),
-                n_tasks=len(stream.tasks),
-                console=console,
-                tracker=tracker,
-            )
-        )
+        sizes = len(stream.class_names), len(stream.tasks)
+        learner, router = loading.wire(config, features, sizes, console, tracker)
         evaluator = Evaluator(run_id(config), stream, learner, router, features)
         return World(config, stream, backbone, features, router, learner, evaluator)
 
@@ -206,14 +190,7 @@ class World:
         if not folder.done:
             return
         seen = self.stream.tasks[: folder.done]
-        wanted = seen if self.learner.keeps == "all" else seen[-1:]
-        names = {t.index: f"tasks/{t.index + 1:03d}/module.safetensors" for t in wanted}
-        snapshots = {i: load_file(folder.read(n)) for i, n in names.items() if folder.has(n)}
-        self.learner.restore(snapshots, seen)
-        last = f"tasks/{folder.done:03d}"
-        if self.learner.uses_router:
-            state = f"{last}/router.safetensors"
-            self.router.load_state(load_file(folder.read(state)) if folder.has(state) else {})
+        loading.Stored.read(folder, self.learner.keeps).put(self.learner, self.router, seen)
         results = [
             pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/results.parquet")) for t in seen
         ]
@@ -355,19 +332,13 @@ def set_device(config: Mapping[str, Any]) -> torch.device:
     Raises:
         ConfigError: The device is not there.
     """
-    wanted = config["device"]
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={wanted}: no CUDA device is visible here. Use device=cpu.")
-    if wanted == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device=mps: not available here. Use device=cpu.")
+    device = choose_device(config["device"])
     if config["threads"] != "auto":
         torch.set_num_threads(int(config["threads"]))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return torch.device(wanted)
+    return device
 
 
 def _timing(folder: RunFolder, task: int) -> dict[str, Any]:

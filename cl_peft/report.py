@@ -44,9 +44,9 @@ def render(view: ResultView) -> str:
         if (view.folder / "accuracy_matrix.png").exists():
             parts.append("![accuracy matrices](accuracy_matrix.png)")
         parts += _confusion(view)
-    parts += ["## Configuration", _table(("key", "value"), _rows(flatten(view.config)))]
+    parts += ["## Configuration", markdown_table(("key", "value"), _rows(flatten(view.config)))]
     if provenance:
-        parts += ["## Provenance", _table(("what", "value"), _rows(provenance.items()))]
+        parts += ["## Provenance", markdown_table(("what", "value"), _rows(provenance.items()))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,8 +65,8 @@ def _state(view: ResultView) -> list[str]:
 
 def _results(view: ResultView) -> list[str]:
     parts = ["## Results"]
-    parts.append(_table(("%, over all seen tasks", "oracle", "routed"), view.metrics()))
-    parts.append(_table(("", ""), view.facts()))
+    parts.append(markdown_table(("%, over all seen tasks", "oracle", "routed"), view.metrics()))
+    parts.append(markdown_table(("", ""), view.facts()))
     parts.append(
         "Oracle: each sample's true task is given. Routed: the router chooses it. Forgetting is "
         "Chaudhry et al. 2018; backward transfer divides by T - 1. All variants are in "
@@ -76,7 +76,7 @@ def _results(view: ResultView) -> list[str]:
         cells = view.matrix(routing)
         head = ["after task", *(str(i + 1) for i in range(view.done))]
         rows = [[str(t + 1), *(percent(value, "") for value in row)] for t, row in enumerate(cells)]
-        parts += [f"### Accuracy, {routing}, %", _table(head, rows)]
+        parts += [f"### Accuracy, {routing}, %", markdown_table(head, rows)]
     return parts
 
 
@@ -90,7 +90,7 @@ def _confusion(view: ResultView) -> list[str]:
     counts = pd.crosstab(rows["eval_task"], rows["routed_task"])
     right = (rows["eval_task"] == rows["routed_task"]).groupby(rows["eval_task"]).mean()
     names = ["none" if task == 0 else str(task) for task in counts.columns]
-    table = _table(
+    table = markdown_table(
         ("true task", *names, "right, %"),
         [
             (str(task), *(str(count) for count in line), percent(share))
@@ -108,7 +108,7 @@ def _rows(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(key, f"`{value}`") for key, value in pairs]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column left, the others right aligned where there are many."""
     align = ["---", *["---" if len(head) == 2 else "---:"] * (len(head) - 1)]
     lines = [head, align, *rows]

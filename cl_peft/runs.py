@@ -100,17 +100,10 @@ class RunFolder:
                 configuration.
         """
         self._clean()
-        path = self.path / "manifest.json"
-        if not path.exists():
+        if not self.look():
             return "new"
-        self._manifest = self._read_json(path)
-        if self._manifest.get("format") != FORMAT:
-            raise DamagedRunError(
-                f"{path}: format {self._manifest.get('format')!r} is not {FORMAT}; it was written "
-                "by another version. Use fresh=true to start over."
-            )
-        for name, entry in self.files().items():
-            self._check(name, entry)
+        for name in self.files():
+            self.content(name)
         stored = run_id(yaml.safe_load((self.path / "config.yaml").read_text()))
         if stored != run_id(config):
             raise DamagedRunError(
@@ -125,6 +118,26 @@ class RunFolder:
             return "finished"
         state: State = status.get("state", "running")
         return "running" if state == "finished" else state
+
+    def look(self) -> bool:
+        """Read the manifest and write nothing: the run may be going on in another process.
+
+        Returns:
+            Whether there is a manifest.
+
+        Raises:
+            DamagedRunError: It cannot be read, or is of another format.
+        """
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return False
+        self._manifest = self._read_json(path)
+        if self._manifest.get("format") != FORMAT:
+            raise DamagedRunError(
+                f"{path}: format {self._manifest.get('format')!r} is not {FORMAT}; it was written "
+                "by another version. Use fresh=true to start over."
+            )
+        return True
 
     def files(self) -> dict[str, dict[str, Any]]:
         """Every file that the manifest lists."""
@@ -281,23 +294,29 @@ class RunFolder:
         """Whether the manifest lists a file."""
         return name in self.files()
 
-    # ------------------------------------------------------------------ inside
+    def content(self, name: str) -> bytes:
+        """A listed file's bytes, compared with its digest.
 
-    def _check(self, name: str, entry: Mapping[str, Any]) -> None:
-        path = self.path / name
+        Raises:
+            DamagedRunError: The manifest does not list it, or it is missing or differs.
+        """
+        path, entry = self.read(name), self.files()[name]
         advice = (
             "Put the file back from a copy, or use fresh=true to run from the start; nothing was "
             "changed."
         )
         if not path.is_file():
             raise DamagedRunError(f"{path} is missing, though the manifest lists it. {advice}")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
         if digest != entry["sha256"]:
-            size, want = path.stat().st_size, entry["bytes"]
             raise DamagedRunError(
-                f"{path} is damaged: {size} bytes, sha256 {digest[:12]}; the manifest says {want} "
-                f"bytes, sha256 {entry['sha256'][:12]}. {advice}"
+                f"{path} is damaged: {len(data)} bytes, sha256 {digest[:12]}; the manifest says "
+                f"{entry['bytes']} bytes, sha256 {entry['sha256'][:12]}. {advice}"
             )
+        return data
+
+    # ------------------------------------------------------------------ inside
 
     def _clean(self) -> None:
         """Remove what a killed process left half-written."""

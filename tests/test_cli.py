@@ -1,5 +1,7 @@
 """The cl-peft command on a finished run."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from cl_peft.cli import main
 from cl_peft.loading import load_run
 from cl_peft.modules.bank import Route, flatten
+from cl_peft.modules.huggingface import head_of, read_module, same_kind
 
 
 @pytest.fixture
@@ -45,11 +48,49 @@ def test_import_is_the_inverse(done_run, tmp_path, capsys):
     assert all(torch.equal(back[n], stored[n]) for n in stored)
 
 
-def test_loading_gives_what_the_run_had(done_run):
+def test_export_writes_the_head_beside(done_run, tmp_path):
+    main(["export", str(done_run), str(tmp_path), "--task", "2"])
     run = load_run(done_run)
-    assert sorted(run.rows) == [1, 2, 3]
-    assert [len(run.heads[t].classes) for t in (1, 2, 3)] == [2, 2, 2]
-    assert len(run.class_names) == 6
+    head, names = head_of(tmp_path / "task_002", run.backbone.device)
+    assert torch.equal(head.weight, run.heads[2].weight)
+    assert names == {c: run.class_names[c] for c in run.heads[2].classes}
+    about = json.loads((tmp_path / "task_002" / "cl_peft.json").read_text())
+    assert (about["pooling"], about["task"], about["run"]) == ("mean", 2, done_run.name)
+
+
+def test_import_says_what_it_found(done_run, tmp_path, capsys):
+    main(["export", str(done_run), str(tmp_path), "--task", "1"])
+    adapter, run_folder = str(tmp_path / "task_001"), ["--run-folder", str(done_run)]
+    capsys.readouterr()
+    assert main(["import", adapter, *run_folder]) == 0  # without target: nothing is written
+    assert "can join the run's own bank" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["task_001"]
+    path = tmp_path / "task_001" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 3}))
+    assert main(["import", adapter, *run_folder]) == 0
+    assert "needs a bank of its own" in capsys.readouterr().out
+
+
+def test_import_for_a_backbone_without_a_run(done_run, tmp_path, capsys):
+    main(["export", str(done_run), str(tmp_path / "out"), "--task", "1"])
+    run = load_run(done_run)
+    run.backbone.model.save_pretrained(tmp_path / "model")
+    target = tmp_path / "m.safetensors"
+    arguments = [str(tmp_path / "out" / "task_001"), str(target)]
+    assert main(["import", *arguments, "--backbone", str(tmp_path / "model")]) == 0
+    assert f"{target}: LoRA on 12 layers" in capsys.readouterr().out
+    run.bank.close()
+    bank, module = read_module(target, run.backbone.model)
+    assert same_kind(bank, run.bank)
+    stored = flatten(run.bank.get(run.rows[1]))
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in flatten(module).items())
+
+
+def test_card_prints_where_it_is(done_run, tmp_path, capsys):
+    target = tmp_path / "card"
+    assert main(["card", str(done_run), str(target)]) == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    assert (target / "README.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +98,9 @@ def test_loading_gives_what_the_run_had(done_run):
     [
         (["export", "nowhere", "out"], "is no run folder"),
         (["export", "{run}", "out", "--task", "9"], "has modules of task 1, 2, 3"),
+        (["export", "{run}", "out", "--classifier"], "the head cannot go inside the adapter"),
+        (["card", "nowhere", "out"], "is no run folder"),
+        (["import", "nowhere", "out", "--backbone", "."], "could not be loaded"),
         (["status", "nowhere"], "There is no folder nowhere"),
         (["import", "nowhere", "out", "--run-folder", "{run}"], "is missing"),
     ],
@@ -73,9 +117,19 @@ def test_status_says_whether_all_is_done(done_run, capsys):
     assert "finished" in capsys.readouterr().out
 
 
-def test_help_needs_no_torch():
+def test_status_of_what_is_not_all_done(done_run, tmp_path):
+    group = shutil.copytree(done_run.parent, tmp_path / "group")
+    path = group / done_run.name / "status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "failed"}))
+    assert main(["status", str(group)]) == 1
+
+
+@pytest.mark.parametrize("command", ["", "export", "import", "card", "status"])
+def test_help_needs_no_torch(command):
+    arguments = [command, "--help"] if command else ["--help"]
     code = (
-        "import sys; from cl_peft.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        f"import sys; from cl_peft.cli import main\ntry: main({arguments})\n"
+        "except SystemExit: pass\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"],
@@ -83,4 +137,4 @@ def test_help_needs_no_torch():
         check=False,
     )
     assert done.returncode == 0
-    assert b"export" in done.stdout
+    assert f"cl-peft {command}".encode() in done.stdout

@@ -240,6 +240,21 @@ def _positions(model: PreTrainedModel) -> int | None:
     return int(limit) if padding is None else int(limit) - padding - 1
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of a name such as ``cuda:1``; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: The device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: no CUDA device is visible here. Use device=cpu.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps: not available here. Use device=cpu.")
+    return torch.device(name)
+
+
 class TextBackbone(Backbone):
     """What encoders and decoders share: a tokenizer, dynamic padding, loading by name.
 

@@ -84,6 +84,11 @@ class Features:
             return torch.zeros(0, self.backbone.width)
         return torch.stack([self._features[i] for i in ids])
 
+    def forget(self) -> None:
+        """Drop what is held in memory."""
+        self._encoded.clear()
+        self._features.clear()
+
     def prefetch(self, stream: Stream, splits: Sequence[str]) -> None:
         """Compute features of a whole stream's splits in the source's own order.
 

@@ -152,6 +152,10 @@ class Method(ABC):
         """What Hugging Face peft calls a parameter at a site."""
         raise ConfigError(f"{type(self).__name__} has no equivalent in Hugging Face peft.")
 
+    def peft_tensors(self, site: Site, p: Params) -> Params:
+        """A finished module's tensors at a site, by the whole names that peft stores them under."""
+        return {f"base_model.model.{site.name}.{self.peft_name(site, n)}": t for n, t in p.items()}
+
     def install(self, bank: Bank, model: nn.Module) -> list[Handle]:
         """Place hooks on the backbone; by default one on the output of every site."""
         return [site.layer.register_forward_hook(bank.hook(site)) for site in bank.sites]

@@ -109,6 +109,24 @@ class Prefix(VirtualTokens):
         flat = nn.functional.linear(inner, p["W2"], p["b2"])
         return flat.view(self.count, layers, 2, heads * width)
 
+    def peft_config(self, sites: list[Site]) -> dict[str, Any] | None:
+        """A ``PrefixTuningConfig`` without its network; none for images, as in peft."""
+        (site,) = sites
+        if reads_images(site.layer):
+            return None
+        layers, heads, width = _shape(site)
+        return {
+            "peft_type": "PREFIX_TUNING",
+            "task_type": "FEATURE_EXTRACTION",
+            "num_virtual_tokens": self.count,
+            "token_dim": heads * width,
+            "num_layers": layers,
+            "num_attention_heads": heads,
+            "num_transformer_submodules": 1,
+            "encoder_hidden_size": self.hidden,
+            "prefix_projection": False,
+        }
+
     def install(self, bank: Bank, model: nn.Module) -> list[Handle]:
         """Switch the model's attention to the function that knows prefixes."""
         (site,) = bank.sites

@@ -91,6 +91,23 @@ class Prompt(VirtualTokens):
         tokens = torch.empty(self.count, width)
         return {"tokens": tokens.uniform_(-bound, bound, generator=generator)}
 
+    def peft_config(self, sites: list[Site]) -> dict[str, Any] | None:
+        """A ``PromptTuningConfig``; none for images, where peft has no prompts."""
+        (site,) = sites
+        if reads_images(site.layer):
+            return None
+        config = config_of(site.layer)
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "task_type": "FEATURE_EXTRACTION",
+            "num_virtual_tokens": self.count,
+            "token_dim": int(_vocabulary(site.layer).shape[1]),
+            "num_layers": int(config.num_hidden_layers),
+            "num_attention_heads": int(config.num_attention_heads),
+            "num_transformer_submodules": 1,
+            "prompt_tuning_init": "RANDOM",
+        }
+
     def install(self, bank: Bank, model: nn.Module) -> list[Handle]:
         """Put the tokens in before the model's forward pass, and take their outputs out after."""
         (site,) = bank.sites

@@ -38,6 +38,10 @@ class VirtualTokens(Method):
         """The virtual tokens themselves."""
         return {"tokens": self.tokens(site, p)}
 
+    def peft_tensors(self, site: Site, p: Params) -> Params:
+        """``prompt_embeddings``: one row per virtual token."""
+        return {"prompt_embeddings": self.tokens(site, p).flatten(1)}
+
     def one(self, site: Site, x: Tensor, y: Tensor, p: Params) -> Tensor:
         """``[tokens ; y]`` along the sequence, ``(B, P + L, ...)``."""
         tokens = self.tokens(site, p).to(y.dtype)
