@@ -1,21 +1,54 @@
-"""Run folders into frames. What a run wrote is checked against its manifest before it is used."""
+"""Many runs into one frame. What a run wrote is checked against its manifest before it is used.
+
+Nothing is read that is not asked for: :func:`load_run_table` opens no table at all, and
+:func:`load_runs` only those of the runs that ``where`` keeps. With ``cache=True`` all numbers are
+also kept in one Parquet file, from which later calls read only the metrics they need.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
-import yaml
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from analysis.cache import NAME as CACHE_NAME
+from analysis.cache import ResultCache
+from analysis.folders import (
+    MARKERS,
+    RESULT_COLUMNS,
+    RESULT_SCHEMA,
+    RunFiles,
+    load_config,
+    load_predictions,
+    load_stream,
+    open_run,
+    results_table,
+    run_folders,
+)
 from cl_peft.archives import short_name
 from cl_peft.errors import DamagedRunError, DataError, did_you_mean
+
+__all__ = [
+    "CONFIG_COLUMNS",
+    "MARKERS",
+    "RESULT_COLUMNS",
+    "RUN_COLUMNS",
+    "SEED_COLUMNS",
+    "load_config",
+    "load_predictions",
+    "load_run_table",
+    "load_runs",
+    "load_stream",
+    "run_folders",
+    "varying_keys",
+]
 
 #: Column of the tidy frame -> key of the resolved configuration it comes from.
 CONFIG_COLUMNS = {
@@ -32,9 +65,11 @@ CONFIG_COLUMNS = {
 #: Columns that describe the run, in the order of the tidy frame.
 RUN_COLUMNS = ("run", "group", "state", *list(CONFIG_COLUMNS)[1:])
 SEED_COLUMNS = ("seed_order", "seed_init", "seed_data")
-RESULT_COLUMNS = ("after_task", "eval_task", "routing", "metric", "value")
-#: Files that mark a run folder. Two of the three suffice, so that one that lost a file is noticed.
-MARKERS = ("config.yaml", "status.json", "manifest.json")
+#: Columns of the run table that say how a run went, not what it was asked to do.
+PROGRESS_COLUMNS = ("finished", "tasks_done", "tasks", "seconds", "error", "folder")
+#: Keys of the configuration that change nothing that is computed (as in the identity of a run).
+NOT_IDENTITY = ("paths", "tracker", "hydra", "group", "fresh", "device", "threads",
+                "cache", "bounds", "fail_fast")  # fmt: skip
 
 
 def load_runs(
@@ -42,7 +77,8 @@ def load_runs(
     *,
     metric: str | Iterable[str] | None = None,
     where: Mapping[str, Any] | None = None,
-    config: Sequence[str] = (),
+    config: Sequence[str] | Literal["varying"] = (),
+    cache: bool | str | Path = False,
 ) -> pd.DataFrame:
     """Read the results of every run under ``folder``, at any depth, into one tidy frame.
 
@@ -53,7 +89,12 @@ def load_runs(
         folder: Folder of runs, such as ``"runs"`` or one sweep's, or a single run folder.
         metric: Keep only this metric, or these.
         where: Keep only runs with these values: ``{"router": "ridge", "seed_init": [0, 1]}``.
-        config: Keys of the configuration to add as columns: ``["module.rank", "trainer.epochs"]``.
+            Tables of other runs are not opened.
+        config: Keys of the configuration to add as columns: ``["module.rank", "trainer.epochs"]``;
+            or "varying" for every key in which the runs differ (:func:`varying_keys`).
+        cache: Keep the numbers in one file, and read what is unchanged from there. True puts it
+            into ``folder`` as ``.analysis.parquet`` (a single run folder gets none); a path puts it
+            there. Runs that changed are read again; see :mod:`analysis.cache`.
 
     Returns:
         One row per number, with columns run, group, state, module, router, learner, stream,
@@ -62,204 +103,250 @@ def load_runs(
         value. Runs in the order of their folders.
 
     Warns:
-        UserWarning: A damaged run folder was skipped (its path and what is wrong with it), or
-            there is no run folder at all.
+        UserWarning: A damaged run folder was skipped (its path and what is wrong with it), a run
+            was found twice, or there is no run folder at all.
 
     Raises:
         DataError: No such folder; or ``metric``, ``where`` or ``config`` names something that no
             run has.
     """
     wanted = [metric] if isinstance(metric, str) else None if metric is None else list(metric)
-    conditions = _conditions(where or {}, (*RUN_COLUMNS, *config))
-    frames, described = [], []
-    known_metrics: set[str] = set()
-    known_keys: set[str] = set()
-    for path in run_folders(folder):
-        try:
-            settings = load_config(path)
-            about = {"state": _status(path)["state"]}
-            about |= {column: settings.get(key) for column, key in CONFIG_COLUMNS.items()}
-            about["backbone"] = short_name(str(about["backbone"]))
-            about["group"] = about["group"] or path.parent.name
-            about |= {key: _cell(settings.get(key)) for key in config}
-            results = _load_tasks(path, "results.parquet", ("run", *RESULT_COLUMNS))
-        except DamagedRunError as error:
-            warnings.warn(f"skipped a damaged run: {error}", stacklevel=2)
-            continue
-        described.append(path)
-        known_keys |= settings.keys()
-        if results.empty or not all(
-            (str(results["run"].iloc[0]) if column == "run" else about[column]) in values
-            for column, values in conditions.items()
-        ):
-            continue
-        known_metrics |= set(results["metric"])
-        if wanted is not None:
-            results = results[results["metric"].isin(wanted)]
-        frames.append(results.assign(**about))
-    if not described:
-        warnings.warn(f"no run folder under {folder}", stacklevel=2)
-    elif known_metrics:
-        _refuse_unknown("metric", set(wanted or ()) - known_metrics, known_metrics)
-    if described:
-        _refuse_unknown("configuration key", set(config) - known_keys, known_keys)
-    return _typed(frames, config)
+    keys = () if isinstance(config, str) else tuple(config)
+    conditions = _conditions(where or {}, (*RUN_COLUMNS, *keys))
+    runs = _open_all(folder)
+    if runs:
+        known_keys = set[str]().union(*(run.config for run in runs))
+        _refuse_unknown("configuration key", set(keys) - known_keys, known_keys)
+    chosen = [
+        run
+        for run in runs
+        if all(_described(run, keys)[column] in values for column, values in conditions.items())
+    ]
+    if config == "varying" and chosen:
+        named = set(CONFIG_COLUMNS.values())
+        keys = tuple(key for key in varying_keys(_run_table(chosen)) if key not in named)
+    where_to = _cache_path(folder, runs, cache)
+    chosen, table, sizes = _numbers(runs, chosen, wanted, where_to, Path(folder))
+    if wanted and len(set(wanted) - set(pc.unique(table["metric"]).to_pylist())):
+        _refuse_unknown_metric(wanted, chosen)
+    return _typed(table, sizes, pd.DataFrame([_described(run, keys) for run in chosen]), keys)
 
 
-def run_folders(folder: str | Path) -> list[Path]:
-    """Every run folder under ``folder``, sorted; ``folder`` itself may be one.
+def load_run_table(folder: str | Path, *, where: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """One row per run with its whole configuration; opens no table of numbers.
 
-    A run folder holds at least two of config.yaml, status.json and manifest.json. Hidden folders
-    are not entered.
-
-    Raises:
-        DataError: There is no such folder.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(
-            f"There is no folder {root}. Give the folder that holds run folders, such as 'runs'."
-        )
-    found = []
-    for path, folders, files in os.walk(root):
-        if sum(marker in files for marker in MARKERS) >= 2:
-            found.append(Path(path))
-            folders.clear()  # what a run keeps inside (its tracker's files) is not searched
-        else:
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-    return sorted(found)
-
-
-def load_config(run_folder: str | Path) -> dict[str, Any]:
-    """Read the resolved configuration of a run as a flat dict: ``{"module.rank": 8, ...}``.
-
-    Raises:
-        DamagedRunError: config.yaml is missing or is not a YAML mapping.
-    """
-    path = Path(run_folder) / "config.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 (a safe one)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _damaged(path, f"cannot be read ({_short(error)})") from error
-    if not isinstance(tree, dict):
-        raise _damaged(path, "is not a mapping")
-    return _flat(tree)
-
-
-def load_stream(run_folder: str | Path) -> dict[str, Any]:
-    """Read stream.json of a run: name, scenario, class_names, and the classes of each task.
-
-    Raises:
-        DamagedRunError: The file is missing or is not JSON.
-    """
-    return _json(Path(run_folder) / "stream.json")
-
-
-def load_predictions(run_folder: str | Path) -> pd.DataFrame:
-    """Read the per-sample predictions of a run (of the tasks committed so far).
+    Args:
+        folder: Folder of runs, or a single run folder.
+        where: Keep only runs with these values, of any column of the result.
 
     Returns:
-        One row per (after_task, test sample): after_task, eval_task (1-based), row (in the source's
-        test split), label, oracle_prediction, routed_prediction (global class ids), routed_task
-        (1-based, 0 = no task), margin, confidence.
+        Columns run, group, state, module, router, learner, stream, backbone, seed_order, seed_init,
+        seed_data; finished (bool), tasks_done, tasks, seconds, error, folder; then every key of the
+        configurations, flattened (``module.rank``), None where a run does not have it. Lists are
+        JSON text, so that one can group by any column.
+
+    Warns:
+        UserWarning: As :func:`load_runs`.
 
     Raises:
-        DamagedRunError: A file is missing, unreadable, or differs from its recorded digest.
+        DataError: No such folder, or ``where`` names no column.
     """
-    columns = ("after_task", "eval_task", "row", "label", "oracle_prediction")
-    return _load_tasks(
-        Path(run_folder), "predictions.parquet", (*columns, "routed_prediction", "routed_task")
+    table = _run_table(_open_all(folder))
+    for column, values in _conditions(where or {}, list(table.columns)).items():
+        table = table[table[column].isin(values)]
+    return table.reset_index(drop=True)
+
+
+def varying_keys(runs: pd.DataFrame, *, ignore: Sequence[str] = ()) -> list[str]:
+    """Everything but the seeds in which runs differ: what to group by to average over seeds.
+
+    Grouping by the result separates exactly what differs. A key that another one already
+    determines (``module._target_`` once there is ``module.name``; a rank that only one of the
+    modules has) is left out, unless it is a name itself. Keys that change nothing that is computed
+    (paths, tracker, device, ...) never count.
+
+    Args:
+        runs: From :func:`load_run_table`, or from :func:`load_runs` with ``config=``.
+        ignore: Further columns that may differ.
+
+    Returns:
+        Columns of ``runs``: of a run table keys of the configuration (``router.name``), of a tidy
+        frame its describing columns (``router``). Empty if all runs are alike but for their seeds.
+    """
+    dotted = [column for column in runs.columns if "." in column]
+    table = "folder" in runs.columns  # then every named column also stands there under its key
+    shown = [column for column in RUN_COLUMNS[3:] if column in runs.columns and not table]
+    skip = {"seed.order", "seed.init", "seed.data", *SEED_COLUMNS, *ignore}
+    candidates = [
+        column
+        for column in [*shown, *dotted]
+        if column not in skip and column.split(".")[0] not in NOT_IDENTITY
+    ]
+    one_each = runs.drop_duplicates(["group", "run"])
+    codes = {c: pd.factorize(one_each[c], use_na_sentinel=False)[0] for c in candidates}
+    varying = [column for column in candidates if codes[column].max(initial=0) > 0]
+    # names first, so that they explain the rest; then in the order of the configuration
+    names = [column for column in varying if column in shown or column.endswith(".name")]
+    kept = list(names)
+    for column in varying:
+        if column not in names and not any(_determines(codes[k], codes[column]) for k in kept):
+            kept.append(column)
+    return [column for column in varying if column in kept]
+
+
+# ---------------------------------------------------------------- reading many
+
+
+def _open_all(folder: str | Path) -> list[RunFiles]:
+    runs: list[RunFiles] = []
+    seen: dict[tuple[str, str], Path] = {}
+    for path in run_folders(folder):
+        try:
+            run = open_run(path)
+        except DamagedRunError as error:
+            _skipped(error)
+            continue
+        name = (_group(run), path.name)
+        if name in seen:
+            warnings.warn(f"skipped {path}: the same run as {seen[name]}", stacklevel=3)
+            continue
+        seen[name] = path
+        runs.append(run)
+    if not runs and not seen:
+        warnings.warn(f"no run folder under {folder}", stacklevel=3)
+    return runs
+
+
+def _numbers(
+    runs: Sequence[RunFiles],
+    chosen: Sequence[RunFiles],
+    metric: Sequence[str] | None,
+    cache: ResultCache | None,
+    root: Path,
+) -> tuple[list[RunFiles], pa.Table, list[int]]:
+    """The chosen runs that are whole, their rows one after another, and how many each has."""
+    if cache is None:
+        read = _read(chosen, results_table)
+        tables = [_filtered(table, metric) for _, table in read]
+    else:
+        names = {run.path: run.path.relative_to(root).as_posix() for run in runs}
+        keys = {run.path: key for run, key in _read(runs, RunFiles.key)}
+        current = {names[path]: key for path, key in keys.items()}
+        kept = [run for run in chosen if run.path in keys]
+        if current == cache.keys:
+            stored = cache.read([names[run.path] for run in kept], metric)
+            if stored is not None:
+                return kept, *stored
+        whole = _refreshed(cache, [run for run in runs if run.path in keys], names, current)
+        read = [(run, whole[run.path]) for run in kept if run.path in whole]
+        tables = [_filtered(table, metric) for _, table in read]
+    rows = pa.concat_tables([RESULT_SCHEMA.empty_table(), *tables])
+    return [run for run, _ in read], rows, [table.num_rows for table in tables]
+
+
+def _refreshed(
+    cache: ResultCache,
+    runs: Sequence[RunFiles],
+    names: Mapping[Path, str],
+    current: Mapping[str, str],
+) -> dict[Path, pa.Table]:
+    """Every run's numbers, unchanged ones from the cache; writes the cache anew."""
+    fresh = [run for run in runs if cache.keys.get(names[run.path]) == current[names[run.path]]]
+    stored = cache.read([names[run.path] for run in fresh]) if fresh else None
+    whole: dict[Path, pa.Table] = {}
+    if stored is not None:
+        table, sizes = stored
+        for run, start, size in zip(fresh, np.cumsum([0, *sizes[:-1]]), sizes, strict=True):
+            whole[run.path] = table.slice(int(start), size)
+    stale = [run for run in runs if run.path not in whole]
+    whole |= {run.path: table for run, table in _read(stale, results_table)}
+    kept = [run for run in runs if run.path in whole]  # damaged ones are looked at every time
+    cache.write(
+        {names[run.path]: current[names[run.path]] for run in kept},
+        [whole[run.path] for run in kept],
     )
+    return whole
 
 
-# ---------------------------------------------------------------- one run folder
+def _read(runs: Iterable[RunFiles], what: Callable[[RunFiles], Any]) -> list[tuple[RunFiles, Any]]:
+    found = []
+    for run in runs:
+        try:
+            found.append((run, what(run)))
+        except DamagedRunError as error:
+            _skipped(error)
+    return found
 
 
-def _load_tasks(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    """``name`` of a finished run, or what the committed tasks of an unfinished one hold of it."""
-    if not (folder / "manifest.json").exists() and not _status(folder).get("tasks_done"):
-        return pd.DataFrame(columns=list(columns))
-    path = folder / "manifest.json"
-    manifest = _json(path)
-    if manifest.get("format") != 1:
-        raise _damaged(path, f"has format {manifest.get('format')!r}; this code reads format 1")
-    try:
-        if manifest["final"] is not None:
-            parts = [(name, manifest["final"][name])]
-        else:
-            parts = [
-                (file, task["files"][file])
-                for task in manifest["tasks"]
-                for file in [f"tasks/{task['task']:03d}/{name}"]
-            ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"does not list {name} ({_short(error)})") from error
-    frames = [_checked_parquet(folder / file, record, columns) for file, record in parts]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(columns))
+def _skipped(error: DamagedRunError) -> None:
+    warnings.warn(f"skipped a damaged run: {error}", stacklevel=5)
 
 
-def _checked_parquet(path: Path, record: Any, columns: Sequence[str]) -> pd.DataFrame:  # noqa: ANN401
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({_short(error)})") from error
-    if not isinstance(record, dict) or hashlib.sha256(data).hexdigest() != record.get("sha256"):
-        raise _damaged(path, "differs from the digest in manifest.json")
-    try:
-        frame = pd.read_parquet(io.BytesIO(data))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"is not Parquet ({_short(error)})") from error
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise _damaged(path, f"lacks column {', '.join(missing)}")
-    return frame
+def _cache_path(
+    folder: str | Path, runs: Sequence[RunFiles], cache: bool | str | Path
+) -> ResultCache | None:
+    if cache is False:
+        return None
+    if cache is not True:
+        return ResultCache(Path(cache))
+    single = len(runs) == 1 and runs[0].path == Path(folder)
+    return None if single else ResultCache(Path(folder) / CACHE_NAME)
 
 
-def _status(folder: Path) -> dict[str, Any]:
-    status = _json(folder / "status.json")
-    if "state" not in status:
-        raise _damaged(folder / "status.json", "has no 'state'")
-    return status
+def _filtered(table: pa.Table, metric: Sequence[str] | None) -> pa.Table:
+    if metric is None:
+        return table
+    return table.filter(pc.is_in(table["metric"], pa.array(list(metric), pa.string())))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be read ({_short(error)})") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "is not a JSON object")
-    return content
+# ---------------------------------------------------------------- frames
 
 
-def _damaged(path: Path, what: str) -> DamagedRunError:
-    return DamagedRunError(f"{path} {what}.")
+def _described(run: RunFiles, config: Sequence[str]) -> dict[str, Any]:
+    about: dict[str, Any] = {"run": run.path.name, "state": run.status["state"]}
+    about |= {column: run.config.get(key) for column, key in CONFIG_COLUMNS.items()}
+    about["backbone"] = short_name(str(about["backbone"]))
+    about["group"] = _group(run)
+    return about | {key: _cell(run.config.get(key)) for key in config}
 
 
-def _short(error: Exception) -> str:
-    reason = error.strerror if isinstance(error, OSError) else None
-    return reason or f"{type(error).__name__}: {error}".splitlines()[0]
+def _group(run: RunFiles) -> str:
+    return str(run.config.get("group") or run.path.parent.name)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
+def _run_table(runs: Sequence[RunFiles]) -> pd.DataFrame:
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    rows = []
+    for run in runs:
+        status = run.status
+        progress = {
+            "finished": status["state"] == "finished",
+            **{name: status.get(name) for name in ("tasks_done", "tasks", "seconds", "error")},
+            "folder": str(run.path),
+        }
+        rows.append({**_described(run, ()), **progress, **_described(run, keys)})
+    columns = [*RUN_COLUMNS, *PROGRESS_COLUMNS, *(key for key in keys if key not in RUN_COLUMNS)]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(SEED_COLUMNS, "Int64"))
 
 
-# ---------------------------------------------------------------- the tidy frame
+def _typed(
+    table: pa.Table, sizes: Sequence[int], about: pd.DataFrame, config: Sequence[str]
+) -> pd.DataFrame:
+    columns = [*RUN_COLUMNS, *config]
+    about = about.reindex(columns=columns).astype(
+        {column: "Int64" if column in SEED_COLUMNS else "str" for column in RUN_COLUMNS}
+    )
+    frame = about.take(np.repeat(np.arange(len(about)), sizes)).reset_index(drop=True)
+    for column in RESULT_COLUMNS:
+        nullable = {pa.int32(): pd.Int32Dtype()}.get if column == "eval_task" else None
+        frame[column] = table[column].to_pandas(types_mapper=nullable)
+    return frame.astype({"routing": "str", "metric": "str"})
 
 
-def _typed(frames: list[pd.DataFrame], config: Sequence[str]) -> pd.DataFrame:
-    order = [*RUN_COLUMNS, *config, *RESULT_COLUMNS]
-    frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=order)
-    text = [c for c in (*RUN_COLUMNS, "routing", "metric") if c not in SEED_COLUMNS]
-    kinds = dict.fromkeys(text, "str") | dict.fromkeys(SEED_COLUMNS, "Int64")
-    kinds |= {"after_task": "int32", "eval_task": "Int32", "value": "float64"}
-    return frame[order].astype(kinds)
+def _determines(given: np.ndarray, other: np.ndarray) -> bool:
+    """Whether equal codes in ``given`` imply equal codes in ``other``."""
+    pairs = given.astype(np.int64) * (int(other.max(initial=0)) + 1) + other
+    return len(np.unique(pairs)) == len(np.unique(given))
 
 
 def _conditions(where: Mapping[str, Any], columns: Sequence[str]) -> dict[str, list[Any]]:
@@ -268,6 +355,15 @@ def _conditions(where: Mapping[str, Any], columns: Sequence[str]) -> dict[str, l
         column: list(values) if isinstance(values, (list, tuple, set, range)) else [values]
         for column, values in where.items()
     }
+
+
+def _refuse_unknown_metric(wanted: Sequence[str], runs: Sequence[RunFiles]) -> None:
+    """Some metric was found nowhere: an error if the runs hold any numbers at all."""
+    known: set[str] = set()
+    for _, table in _read(runs, results_table):
+        known |= set(pc.unique(table["metric"]).to_pylist())
+    if known:
+        _refuse_unknown("metric", set(wanted) - known, known)
 
 
 def _refuse_unknown(what: str, unknown: set[str], known: Iterable[str]) -> None:

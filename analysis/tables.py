@@ -208,49 +208,68 @@ def forgetting_split(run: pd.DataFrame | str | Path) -> pd.DataFrame:
     )
 
 
-# ---------------------------------------------------------------- per-sample predictions
+def forgetting_per_task(run: pd.DataFrame | str | Path) -> pd.DataFrame:
+    """Each old task's share in :func:`forgetting_split` at the end of a run.
 
-
-def misrouted(predictions: pd.DataFrame, after_task: int | None = None) -> pd.DataFrame:
-    """Samples that the router sent to another task, most confident mistakes first.
+    With ``D = oracle - routed`` and ``l* = argmax_{i <= l < T} routed[l, i]`` (the earliest):
+    ``module_drift = oracle[l*, i] - oracle[T, i]``, ``routing_drift = D[T, i] - D[l*, i]``, as in
+    :func:`cl_peft.metrics.forgetting_split`, which averages them over tasks.
 
     Args:
-        predictions: From :func:`analysis.load_predictions`.
-        after_task: 1-based; None is the latest task.
+        run: A run folder, or a frame that holds one run.
 
     Returns:
-        Rows of ``predictions`` with two more columns: oracle_right, routed_right (bool). Samples
-        that were routed to no task at all are not among them.
+        Index eval_task (1 .. T - 1); columns module_drift, routing_drift, forgetting (their sum:
+        the best routed accuracy before the last task, minus the last). Empty after one task.
+
+    Raises:
+        DataError: Not exactly one run, or it does not hold both matrices.
     """
-    rows = _after(predictions, after_task)
-    rows = rows[(rows["routed_task"] != rows["eval_task"]) & (rows["routed_task"] != 0)]
-    rows = rows.assign(
-        oracle_right=rows["oracle_prediction"] == rows["label"],
-        routed_right=rows["routed_prediction"] == rows["label"],
+    frame = _one_run(run)
+    oracle = accuracy_matrix(frame, "oracle").to_numpy()
+    routed = accuracy_matrix(frame, "routed").to_numpy()
+    rows = []
+    for i in range(len(routed) - 1):
+        best = i + int(np.argmax(routed[i:-1, i]))  # a missing cell is found first and gives NaN
+        module = oracle[best, i] - oracle[-1, i]
+        total = routed[best, i] - routed[-1, i]
+        rows.append((module, total - module, total))
+    return pd.DataFrame(
+        rows,
+        columns=["module_drift", "routing_drift", "forgetting"],
+        index=pd.RangeIndex(1, len(rows) + 1, name="eval_task"),
+        dtype="float64",
     )
-    keys = [column for column in ("margin", "confidence") if column in rows.columns]
-    order = [*keys, "eval_task", "row"]
-    ascending = [False] * len(keys) + [True, True]
-    return rows.sort_values(order, ascending=ascending).reset_index(drop=True)
 
 
-def routing_confusion(predictions: pd.DataFrame, after_task: int | None = None) -> pd.DataFrame:
-    """Counts of true task (rows) against routed task (columns, ``"none"`` last) of a run.
+def costs(frame: pd.DataFrame) -> pd.DataFrame:
+    """What each run trains and what it has to keep.
 
     Args:
-        predictions: From :func:`analysis.load_predictions`.
-        after_task: 1-based; None is the latest task.
+        frame: From :func:`analysis.load_runs`.
+
+    Returns:
+        The describing columns, tasks, and: trainable_parameters (module and head of one task, the
+        most of all tasks), stored_parameters (all modules and heads; a learner with a single module
+        keeps the last one only), router_parameters (the router's state in units of 4 bytes).
     """
-    rows = _after(predictions, after_task)
-    true = rows["eval_task"].to_numpy(dtype=np.int64) - 1
-    routed = rows["routed_task"].to_numpy(dtype=np.int64) - 1
-    n_tasks = int(max(true.max(initial=-1), routed.max(initial=-1))) + 1
-    tasks = list(range(1, n_tasks + 1))
-    return pd.DataFrame(
-        metrics.routing_confusion(true, routed, n_tasks),
-        index=pd.Index(tasks, name="eval_task"),
-        columns=pd.Index([*tasks, "none"], name="routed_task", dtype="object"),
-    )
+    about = describing_columns(frame)
+    names = ["module_parameters", "head_parameters", "router_state_bytes", "bank_modules"]
+    rows = frame[frame["eval_task"].isna() & frame["metric"].isin(names)]
+    wide = rows.pivot(index=["group", "run", "after_task"], columns="metric", values="value")
+    wide = wide.reindex(columns=names).reset_index().sort_values("after_task")
+    found = []
+    for (group, run), part in wide.groupby(["group", "run"], sort=False):
+        known = part.dropna(subset=["module_parameters", "head_parameters"])
+        own = known["module_parameters"] + known["head_parameters"]
+        single = len(part) > 1 and part["bank_modules"].iloc[-1] == 1
+        stored = own.iloc[-1] if single and len(own) else own.sum(min_count=1)
+        router = part["router_state_bytes"].iloc[-1] / 4
+        found.append((group, run, int(part["after_task"].iloc[-1]), own.max(), stored, router))
+    columns = ["trainable_parameters", "stored_parameters", "router_parameters"]
+    table = pd.DataFrame(found, columns=["group", "run", "tasks", *columns])
+    runs = frame[about].drop_duplicates(["group", "run"])
+    return runs.merge(table, on=["group", "run"], validate="one_to_one")
 
 
 # ---------------------------------------------------------------- text
@@ -294,6 +313,40 @@ def describing_columns(frame: pd.DataFrame) -> list[str]:
 def configuration_columns(frame: pd.DataFrame) -> list[str]:
     """Describing columns that tell configurations apart: all but the run, its state, its seeds."""
     return [c for c in describing_columns(frame) if c not in ("run", "state", *SEED_COLUMNS)]
+
+
+def configuration_labels(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
+    """Name each row's configuration by what varies among them; a single one needs no name."""
+    varying = [key for key in keys if rows[key].nunique(dropna=False) > 1]
+    last = [key.split(".")[-1] for key in varying]
+    # module.rank is called rank, unless another key that varies ends alike
+    short = {
+        key: end if last.count(end) == 1 else key for key, end in zip(varying, last, strict=True)
+    }
+    parts = [
+        rows[key].map(lambda value, key=key: _named(key, short[key], value)) for key in varying
+    ]
+    if not parts:
+        return pd.Series("", index=rows.index, dtype="str")
+    texts = [", ".join(filter(None, row)) for row in zip(*parts, strict=True)]
+    return pd.Series(texts, index=rows.index, dtype="str")
+
+
+def _named(key: str, shown: str, value: object) -> str:
+    """``ridge`` for a name, ``rank 8`` for a number; nothing for what a configuration lacks."""
+    if pd.isna(value):  # type: ignore[call-overload]
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps
+    if key.endswith(".name") or (isinstance(value, str) and "." not in key):
+        return str(value)
+    return f"{shown} {value}"
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a small value of a metric or of a column of :func:`summary` is the good one."""
+    bad = ("forgetting", "routing_loss")
+    return metric.startswith(bad) or metric.endswith(("_parameters", "_bytes", "seconds"))
 
 
 def refuse_hidden_differences(runs: pd.DataFrame, keys: Sequence[str]) -> None:
@@ -345,8 +398,3 @@ def _reading_order(column: str) -> tuple[int, str]:
         (i for i, start in enumerate(READING_ORDER) if column.startswith(start)), len(READING_ORDER)
     )
     return (rank, column)
-
-
-def _after(predictions: pd.DataFrame, after_task: int | None) -> pd.DataFrame:
-    at = predictions["after_task"].max() if after_task is None else after_task
-    return predictions[predictions["after_task"] == at]

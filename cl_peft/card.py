@@ -130,8 +130,9 @@ def _copy_run(run: LoadedRun, config: dict[str, Any], target: Path) -> None:
     for task in run.tasks:
         here = f"tasks/{task.index + 1:03d}/module.safetensors"
         files = {"module.safetensors": source.content(here)} if source.has(here) else {}
-        if task is run.tasks[-1] and (state := run.router.state()):
-            files["router.safetensors"] = save(state)  # the folder's own may be newer by now
+        if task is run.tasks[-1]:  # the folder's own states may be newer by now
+            states = {"router": run.router.dump(), "learner": run.learner.state()}
+            files.update({f"{n}.safetensors": save(s) for n, s in states.items() if s})
         copy.commit(task.index, files, len(run.tasks))
     stored = read_json(run.folder / "provenance.json")
     facts = {k: stored[k] for k in _PROVENANCE if k in stored}

@@ -1,4 +1,4 @@
-"""The ``cl-peft`` command: what is done with runs after they have run.
+"""The ``cl-peft`` command: what is done before runs, and with runs after they have run.
 
 Runs themselves are started by ``python main.py``. Nothing here imports torch before it needs it.
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cl_peft.commands import groups
 from cl_peft.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -84,9 +85,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     card.set_defaults(run=_card)
 
-    status = commands.add_parser("status", help="table of all runs of a group; 0 if all finished")
-    status.add_argument("folder", type=Path, help="group folder, runs/GROUP")
-    status.set_defaults(run=_status)
+    prepare = commands.add_parser(
+        "prepare",
+        help="fetch and check what a run needs, before it runs without network",
+        description="Compose and check a configuration as python main.py would, and fetch its data "
+        "and its model into paths.cache. Exit code 0: the run needs no network.",
+    )
+    prepare.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="as for main.py: experiment=clinc150"
+    )
+    prepare.set_defaults(run=_prepare)
+
+    groups.add(commands)
     return parser
 
 
@@ -167,15 +177,12 @@ def _card(options: argparse.Namespace) -> int:
     return 0
 
 
-def _status(options: argparse.Namespace) -> int:
+def _prepare(options: argparse.Namespace) -> int:
     from cl_peft.console import Console
-    from cl_peft.view import sweep_status
+    from cl_peft.prepare import prepare
 
-    if not options.folder.is_dir():
-        raise DataError(f"There is no folder {options.folder}; give a group's, runs/GROUP.")
-    Console().status(options.folder)
-    table = sweep_status(options.folder)
-    return int(not len(table) or not bool((table["state"] == "finished").all()))
+    print("\n".join(prepare(options.overrides, Console())))
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from cl_peft.errors import ConfigError, did_you_mean
 from cl_peft.schema import class_constant, constructor_model
+from cl_peft.streams.checks import protocol_problems
 
 #: Groups whose ``_target_`` names the class that the other keys configure.
 AXES = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer", "tracker")
 #: Keys that decide where and on what a run happens, not what it computes: no part of its identity.
-NOT_IDENTITY = ("paths", "tracker", "hydra", "group", "fresh", "device", "threads")
+NOT_IDENTITY = ("paths", "tracker", "hydra", "group", "fresh", "device", "threads", "cache",
+                "bounds", "fail_fast")  # fmt: skip
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -44,12 +46,31 @@ class Seeds(_Closed):
 
 
 class Protocol(_Closed):
-    """How a source's examples become tasks; the keys of ``stream`` that every source shares."""
+    """How a source's examples become tasks; the keys of ``stream`` that every source shares.
+
+    Attributes:
+        name: Name of the stream.
+        scenario: ``class``: disjoint classes, task unknown at test time; ``task``: the same, task
+            given; ``domain``: the same classes in other domains.
+        tasks: Number of tasks; null: as many as ``sizes``, domains or data sets.
+        sizes: Classes of each task; ``random``: drawn by seed.order; null: as even as possible.
+        order: Names of classes, domains or data sets; or the number of a published order; null:
+            decided by seed.order.
+        max_classes: Only so many classes, the first of the order.
+        blurry: Share of each task's training examples that moves to the neighbouring tasks.
+        repetitions: How often the sequence of tasks comes, each time with examples of its own.
+        shots: Training examples per class, before validation examples are cut off.
+        test_shots: Test examples per class.
+        validation_share: Of training examples, where the source has no validation examples.
+    """
 
     name: str
     scenario: Literal["class", "task", "domain"] = "class"
     tasks: PositiveInt | None = None
-    order: list[str] | None = None
+    sizes: list[PositiveInt] | Literal["random"] | None = None
+    order: list[str] | PositiveInt | None = None
+    blurry: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    repetitions: PositiveInt = 1
     max_classes: PositiveInt | None = None
     shots: PositiveInt | None = None
     test_shots: PositiveInt | None = None
@@ -70,6 +91,9 @@ class Settings(_Closed):
     fresh: bool = False
     device: str = "auto"
     threads: PositiveInt | Literal["auto"] = "auto"
+    cache: Literal["on", "off"] = "on"
+    bounds: Literal["on", "off"] = "off"
+    fail_fast: bool = False
     seed: Seeds
     paths: Paths
 
@@ -197,7 +221,30 @@ def _check_axis(axis: str, node: dict[str, Any], problems: list[str]) -> dict[st
     checked = _check_model(model, own, f"{axis}.", label, problems, also=extra)
     if axis == "stream":
         rest = _check_model(Protocol, rest, "stream.", label, problems)
+        if "sets" in model.model_fields and isinstance(checked.get("sets"), dict):
+            sets = checked["sets"].items()
+            checked["sets"] = {n: _check_set(n, node, problems) for n, node in sets}
     return {"_target_": target, **rest, **checked}
+
+
+def _check_set(name: str, node: object, problems: list[str]) -> object:
+    """Check one of the data sets that a stream joins; return it with defaults filled in."""
+    where = f"stream.sets.{name}"
+    if not _NAME.fullmatch(str(name)):
+        problems.append(f"{where}: {name!r} cannot name a folder. Use letters, digits, '.', '_'.")
+    if not isinstance(node, dict) or not str(node.get("_target_")).startswith("cl_peft.streams."):
+        problems.append(f"{where}: say what it is, as in _target_: cl_peft.streams.hub.Hub.")
+        return node
+    target = str(node["_target_"])
+    try:
+        model = constructor_model(target)
+        if class_constant(target, "groups"):
+            problems.append(f"{where}: {target} joins data sets itself, and cannot be one of them.")
+    except ConfigError as error:
+        problems.append(f"{where}.{error}")
+        return node
+    own = {k: v for k, v in node.items() if k != "_target_"}
+    return {"_target_": target, **_check_model(model, own, f"{where}.", where, problems)}
 
 
 def _check_model(
@@ -270,6 +317,8 @@ def _combinations(config: dict[str, Any]) -> Iterator[str]:
                 f"router=none does not fit learner={learner['name']}: it grows one module per task "
                 "and something must choose between them. Try router=ridge."
             )
+        elif not sees_task and (problem := _use_of_choice(config)):
+            yield problem
         elif stream["scenario"] == "task" and not sees_task:
             yield (
                 f"stream.scenario=task gives the task at test time, so router={router['name']} has "
@@ -279,6 +328,12 @@ def _combinations(config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"module=none does not fit learner={learner['name']}, which trains a module. Try "
             "module=lora, or learner=frozen for the backbone without modules."
+        )
+    fitting = class_constant(learner["_target_"], "modules")
+    if fitting and module["name"] not in fitting:
+        yield (
+            f"learner={learner['name']} is made for {' or '.join(f'module={m}' for m in fitting)}, "
+            f"not module={module['name']}."
         )
     source_modality = class_constant(stream["_target_"], "modality")
     backbone_modality = class_constant(backbone["_target_"], "modality")
@@ -293,13 +348,52 @@ def _combinations(config: dict[str, Any]) -> Iterator[str]:
             "stream.scenario=domain needs to know each example's domain. Add "
             "stream.domain=COLUMN, or use stream.scenario=class."
         )
-    if stream["scenario"] != "domain" and stream["tasks"] is None:
-        yield f"stream.tasks: say into how many tasks stream={stream['name']} is cut."
-    has_validation = stream["validation_share"] > 0 or any(
-        stream.get(key) is not None for key in ("validation", "validation_split")
-    )
-    if config["trainer"].get("patience") is not None and not has_validation:
+    yield from protocol_problems(stream)
+    if config["trainer"].get("patience") is not None and not _has_validation(stream):
         yield (
             "trainer.patience stops on validation accuracy, but there are no validation examples. "
             "Set stream.validation_share=0.1, or trainer.patience=null."
         )
+
+
+def _has_validation(stream: Mapping[str, Any]) -> bool:
+    nodes = [stream, *(stream.get("sets") or {}).values()]
+    return stream["validation_share"] > 0 or any(
+        node.get(key) is not None for node in nodes for key in ("validation", "validation_split")
+    )
+
+
+def _use_of_choice(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with how a router's choice is to be used, if anything."""
+    router, module = config["router"], config["module"]
+    name, soft = router["name"], router.get("mix") == "soft"
+    combines, heads = router.get("combine", "none") != "none", router.get("combine") == "heads"
+    if combines and not class_constant(router["_target_"], "knows_classes"):
+        return (
+            f"router.combine={router['combine']} needs a router that knows classes, which router="
+            f"{name} does not. Try router=ridge."
+        )
+    if combines and soft:
+        return f"router.combine={router['combine']} and router.mix=soft exclude each other."
+    if heads and not _has_validation(config["stream"]):
+        return (
+            "router.combine=heads chooses its weight on validation examples, and there are none. "
+            "Set stream.validation_share=0.1."
+        )
+    mixes = soft or class_constant(router["_target_"], "mixes")
+    fitting = class_constant(router["_target_"], "modules")
+    if fitting and module["name"] not in fitting:
+        wanted = " or ".join(f"module={m}" for m in fitting)
+        return f"router={name} is made for {wanted}, not module={module['name']}."
+    if mixes and not class_constant(module["_target_"], "weightable"):
+        return (
+            f"module={module['name']} cannot be mixed by weights, as router={name} would: its "
+            "virtual tokens are there or not. Use router.mix=hard with a router that chooses, or "
+            "module=lora."
+        )
+    if router.get("top_k", 1) > 1 and not (mixes or heads):
+        return (
+            f"router.top_k={router['top_k']} has no effect with a hard choice. Add "
+            "router.mix=soft or router.combine=heads, or set router.top_k=1."
+        )
+    return None

@@ -11,60 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from cl_peft import metrics
 from cl_peft.backbones.features import Features
 from cl_peft.learners.base import Learner
+from cl_peft.memo import Memo, Questions
 from cl_peft.routers.base import Router
 from cl_peft.streams.base import Stream, Task
 
 NAN = float("nan")
-
-
-class Memo:
-    """Predictions that were made before, by unit and example.
-
-    An entry says what a unit answers for one test example: the best of all its classes
-    (``label``), the best of the example's true task's classes (``within``), and the softmax of
-    ``label`` (``confidence``).
-    """
-
-    COLUMNS = ("unit", "task", "row", "label", "within", "confidence")
-
-    def __init__(self) -> None:
-        self._entries: dict[tuple[str, int, int], tuple[int, int, float]] = {}
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, key: tuple[str, int, int]) -> bool:
-        return key in self._entries
-
-    def get(self, keys: Sequence[tuple[str, int, int]]) -> tuple[np.ndarray, ...]:
-        """``label``, ``within`` and ``confidence`` arrays of these keys."""
-        rows = [self._entries[key] for key in keys]
-        label, within, confidence = zip(*rows, strict=True) if rows else ((), (), ())
-        return (
-            np.array(label, dtype=np.int32),
-            np.array(within, dtype=np.int32),
-            np.array(confidence, dtype=np.float32),
-        )
-
-    def add(self, frame: pd.DataFrame) -> None:
-        """Remember the rows of a frame with :attr:`COLUMNS`."""
-        keys = zip(frame["unit"], frame["task"].tolist(), frame["row"].tolist(), strict=True)
-        values = zip(
-            frame["label"].tolist(),
-            frame["within"].tolist(),
-            frame["confidence"].tolist(),
-            strict=True,
-        )
-        self._entries.update(zip(keys, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -105,9 +65,6 @@ class Evaluator:
         self.oracle = np.full((n, n), np.nan)
         self.routed = np.full((n, n), np.nan)
         self.counts = np.array([len(task.test) for task in stream.tasks])
-        self._task_of_class = np.zeros(len(stream.class_names), dtype=np.int64)
-        for task in stream.tasks:
-            self._task_of_class[list(task.classes)] = task.index
 
     def restore(self, results: pd.DataFrame, memos: Sequence[pd.DataFrame]) -> None:
         """Come back to the state after the tasks that ``results`` covers."""
@@ -141,93 +98,43 @@ class Evaluator:
 
     def _predict(self, seen: Sequence[Task]) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Predictions for all test examples of ``seen``; and what was newly computed."""
-        inputs = [item for t in seen for item in t.test.inputs]
-        rows = np.concatenate([t.test.rows for t in seen])
-        labels = np.concatenate([t.test.labels for t in seen])
-        true = np.concatenate([np.full(len(t.test), t.index) for t in seen])
         if self.learner.unit_for(seen[-1].index) is None:  # nothing to ask yet
             empty = np.zeros(0, dtype=np.int64)
             return self._frame(empty, empty, empty, {}), pd.DataFrame(columns=list(Memo.COLUMNS))
-        margin = np.full(len(rows), np.nan, dtype=np.float32)
-        chosen = true
+        rows = np.concatenate([t.test.rows for t in seen])
+        labels = np.concatenate([t.test.labels for t in seen])
+        true = np.concatenate([np.full(len(t.test), t.index) for t in seen])
+        inputs = [item for t in seen for item in t.test.inputs]
+        tests = Questions(self.learner, self.memo, self.features, inputs, rows, true, len(seen))
+        margin, abstained = np.full(len(rows), np.nan, dtype=np.float32), np.zeros(len(rows), bool)
+        (oracle,) = tests.ask(true)
         if self.learner.uses_router:
-            given = torch.from_numpy(true) if self.router.sees_task else None
-            needs = self.router.needs_features
-            features = self.features.features(inputs) if needs else torch.zeros(len(rows), 0)
-            choice = self.router.choose(features, given)
+            choice, routed = self.router.answer(tests)
             chosen, margin = choice.tasks.numpy(), choice.margin.numpy()
-        own = np.array([self._unit(t) for t in true])
-        other = np.array([self._unit(t) for t in chosen])
-        memo = self._compute(inputs, rows, true, own, other)
-        _, within, _ = self.memo.get(self._keys(own, true, rows))
-        label, label_within, confidence = self.memo.get(self._keys(other, true, rows))
+            if choice.abstained is not None:
+                abstained = choice.abstained.numpy()
+            by_class = self.router.by_class(choice)
+        else:
+            chosen, routed, by_class = np.full(len(rows), -1), oracle, True
+        allowed = torch.full((len(self.stream.tasks), oracle.shape[1]), float("-inf"))
+        for task in self.stream.tasks:
+            allowed[task.index, list(task.owned)] = 0.0
+        mask = allowed[torch.from_numpy(true)]
+        label = routed.argmax(1).numpy()  # not of the softmax, which rounds near ties to ties
         if self.stream.scenario == "task":  # the task is given, so its classes are
-            label, chosen = label_within, true
-        elif not self.learner.uses_router:
-            domain = self.stream.scenario == "domain"
-            chosen = np.full(len(rows), -1) if domain else self._task_of_class[label]
+            label, chosen = _best(routed + mask), true
+        elif by_class:  # the task that answered is that of the class, where one task owns it
+            owner = self.stream.owners[label]
+            chosen = np.where(owner < 0, chosen, owner)
         values = {
-            "oracle_prediction": within,
+            "oracle_prediction": _best(oracle + mask),
             "routed_prediction": label,
             "routed_task": (chosen + 1).astype(np.int16),
             "margin": margin,
-            "confidence": confidence,
+            "confidence": routed.softmax(1).amax(1).numpy(),
+            "abstained": abstained,
         }
-        return self._frame(true, rows, labels, values), memo
-
-    def _unit(self, task: int) -> int:
-        unit = self.learner.unit_for(int(task))
-        if unit is None:
-            raise RuntimeError(f"no unit answers for task {task + 1}")
-        return unit
-
-    def _keys(
-        self, units: np.ndarray, true: np.ndarray, rows: np.ndarray
-    ) -> list[tuple[str, int, int]]:
-        names = {int(u): self.learner.units[int(u)].fingerprint for u in np.unique(units)}
-        return [
-            (names[u], t, r)
-            for u, t, r in zip(units.tolist(), true.tolist(), rows.tolist(), strict=True)
-        ]
-
-    def _compute(
-        self,
-        inputs: list[Any],
-        rows: np.ndarray,
-        true: np.ndarray,
-        own: np.ndarray,
-        other: np.ndarray,
-    ) -> pd.DataFrame:
-        """Compute and remember the (unit, example) pairs that are not there yet."""
-        wanted: dict[tuple[str, int, int], tuple[int, int]] = {}
-        for units in (own, other):
-            for position, key in enumerate(self._keys(units, true, rows)):
-                if key not in self.memo:
-                    wanted.setdefault(key, (position, int(units[position])))
-        if not wanted:
-            return pd.DataFrame(columns=list(Memo.COLUMNS))
-        positions = np.array([p for p, _ in wanted.values()])
-        units = np.array([u for _, u in wanted.values()])
-        logits = self.learner.logits([inputs[p] for p in positions], units, "evaluation")
-        best = logits.argmax(1)  # not of the softmax, which rounds near ties to ties
-        allowed = torch.full((len(self.stream.tasks), logits.shape[1]), float("-inf"))
-        for task in self.stream.tasks:
-            allowed[task.index, list(task.classes)] = 0.0
-        within = (logits + allowed[torch.from_numpy(true[positions])]).max(1)
-        # a unit that knows none of the true task's classes has no answer within it
-        best_within = torch.where(within.values.isinf(), -1, within.indices)
-        memo = pd.DataFrame(
-            {
-                "unit": [unit for unit, _, _ in wanted],
-                "task": true[positions].astype(np.int16),
-                "row": rows[positions].astype(np.int32),
-                "label": best.numpy().astype(np.int32),
-                "within": best_within.numpy().astype(np.int32),
-                "confidence": logits.softmax(1).amax(1).numpy().astype(np.float32),
-            }
-        )
-        self.memo.add(memo)
-        return memo
+        return self._frame(true, rows, labels, values), tests.news()
 
     def _frame(
         self, true: np.ndarray, rows: np.ndarray, labels: np.ndarray, values: dict[str, np.ndarray]
@@ -243,6 +150,7 @@ class Evaluator:
                 "routed_task": values.get("routed_task", none).astype(np.int16),
                 "margin": values.get("margin", none).astype(np.float32),
                 "confidence": values.get("confidence", none).astype(np.float32),
+                "abstained": values.get("abstained", none).astype(bool),
             }
         )
 
@@ -314,3 +222,9 @@ class Evaluator:
             "backward_transfer_t": metrics.backward_transfer(R, "T"),
             "learning_accuracy": metrics.learning_accuracy(R),
         }
+
+
+def _best(logits: Tensor) -> np.ndarray:
+    """Class with the highest logit; -1 where none has an answer."""
+    top = logits.max(1)
+    return np.asarray(torch.where(top.values.isinf(), -1, top.indices).numpy())

@@ -9,34 +9,20 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from safetensors.torch import save
-from torch import Tensor
 
-from cl_peft import loading, presentation
-from cl_peft.backbones.base import Backbone, choose_device
-from cl_peft.backbones.features import Features
+from cl_peft import presentation
 from cl_peft.config import Seeds, build, run_id, split_stream
-from cl_peft.console import Bar, Console
+from cl_peft.console import Console
 from cl_peft.errors import DataError
-from cl_peft.evaluation import Evaluator
-from cl_peft.learners.base import Learner
-from cl_peft.routers.base import Router
 from cl_peft.runs import RunFolder
-from cl_peft.store import ContentStore
-from cl_peft.streams.base import Progress, Stream, Task
+from cl_peft.streams.base import Stream, Task
 from cl_peft.streams.protocol import make_stream
-from cl_peft.tracking import Tracker
+from cl_peft.world import World, cache_folder, downloading, task_timing
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +54,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
         world.prefetch()
         for task in _counted(stream, folder.done, console):
             started = time.perf_counter()
-            world.learner.learn(task)
+            reused = world.learn(task)
             learned = time.perf_counter()
             world.fit_router(task)
             fitted = time.perf_counter()
@@ -80,6 +66,8 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
                 "route": round(fitted - learned, 3),
                 "evaluate": round(evaluated - fitted, 3),
                 "passes": results.passes,
+                "reused": reused,
+                **world.choosing(),
                 **world.training(),
             }
             folder.commit(
@@ -137,133 +125,6 @@ def load_stream(config: Mapping[str, Any], console: Console) -> Stream:
     return stream
 
 
-@dataclass
-class World:
-    """Everything that one run is made of, wired together."""
-
-    config: Mapping[str, Any]
-    stream: Stream
-    backbone: Backbone
-    features: Features
-    router: Router
-    learner: Learner
-    evaluator: Evaluator
-
-    @staticmethod
-    def build(config: Mapping[str, Any], stream: Stream, console: Console) -> World:
-        """Load the backbone and build every axis from its configuration node."""
-        device = set_device(config)
-        seed = Seeds(**config["seed"])
-        cache = cache_folder(config)
-        backbone: Backbone = build(config["backbone"])
-        with downloading(console, "model") as download:
-            backbone.load(cache, device, seed.init, download)
-        batch_size = build(config["trainer"]).eval_batch_size
-
-        def progress(batches: Sequence[np.ndarray], total: int) -> Iterator[np.ndarray]:
-            with console.bar("frozen features", total=total) as bar:
-                for batch in batches:
-                    yield batch
-                    bar.advance()
-
-        features = Features(backbone, ContentStore(cache), batch_size, progress)
-        tracker: Tracker = build(config["tracker"])
-        sizes = len(stream.class_names), len(stream.tasks)
-        learner, router = loading.wire(config, features, sizes, console, tracker)
-        evaluator = Evaluator(run_id(config), stream, learner, router, features)
-        return World(config, stream, backbone, features, router, learner, evaluator)
-
-    def facts(self) -> dict[str, Any]:
-        """What provenance.json records besides the environment."""
-        return {
-            "run": run_id(self.config),
-            "stream_fingerprint": self.stream.fingerprint,
-            **self.backbone.facts(),
-            "preprocessing": self.backbone.preprocessing(),
-            "device": str(self.backbone.device),
-            "threads": torch.get_num_threads(),
-            "seeds": dict(self.config["seed"]),
-        }
-
-    def resume(self, folder: RunFolder) -> None:
-        """Come back to the state after the last finished task; a fresh run stays as it is."""
-        if not folder.done:
-            return
-        seen = self.stream.tasks[: folder.done]
-        loading.Stored.read(folder, self.learner.keeps).put(self.learner, self.router, seen)
-        results = [
-            pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/results.parquet")) for t in seen
-        ]
-        memos = [
-            pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/memo.parquet")) for t in seen
-        ]
-        self.evaluator.restore(pd.concat(results, ignore_index=True), memos)
-        timings = [_timing(folder, t.index) for t in seen]
-        self.learner.steps = sum(int(t.get("steps", 0)) for t in timings)
-
-    def fit_router(self, task: Task) -> None:
-        """Let the router learn the task from frozen features."""
-        if not self.learner.uses_router:
-            return
-        labels = torch.from_numpy(task.train.labels)
-        if self.router.needs_features:
-            features = self.features.features(task.train.inputs)
-        else:
-            features = torch.zeros(len(labels), self.backbone.width)
-        self.router.fit(features, labels, task.index)
-
-    def prefetch(self) -> None:
-        """Compute the frozen features that the run will need, before anything asks for some."""
-        if self.learner.needs_features:
-            self.features.prefetch(self.stream, ("train", "test", "validation"))
-        elif self.learner.uses_router and self.router.needs_features:
-            self.features.prefetch(self.stream, ("train", "test"))
-
-    def tensors(self, task: Task) -> dict[str, bytes]:
-        """What a resumed run, or a server, needs of this task."""
-        files: dict[str, dict[str, Tensor]] = {"module.safetensors": self.learner.snapshot()}
-        if self.learner.uses_router:
-            files["router.safetensors"] = self.router.state()
-        # one entry: safetensors writes several in random order, and equal runs have equal files
-        note = {"about": f"task {task.index + 1}, module {self.config['module']['name']}"}
-        return {
-            name: save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, note)
-            for name, tensors in files.items()
-            if tensors
-        }
-
-    def costs(self) -> dict[str, float]:
-        """What the task just learned added, and what the router keeps."""
-        tensors = self.learner.snapshot()
-        head = sum(t.numel() for n, t in tensors.items() if n in ("head.weight", "head.bias"))
-        own = [t for n, t in tensors.items() if not n.startswith("head.")]
-        state = self.router.state_bytes() if self.learner.uses_router else 0
-        return {
-            "module_parameters": float(sum(t.numel() for t in own)),
-            "head_parameters": float(head),
-            "module_bytes": float(sum(t.numel() * t.element_size() for t in own)),
-            "router_state_bytes": float(state),
-            "bank_modules": float(self.learner.tools.bank.count),
-        }
-
-    def training(self) -> dict[str, float]:
-        """What the last fit reported, for timing.json."""
-        report = self.learner.report
-        if report is None:
-            return {"steps": 0}
-        return {
-            "steps": report.steps,
-            "epochs": report.epochs,
-            "loss": round(report.loss, 6),
-            "padding_share": round(report.padding, 4),
-        }
-
-    def check_backbone(self) -> None:
-        """The backbone's weights must be those that were loaded."""
-        if self.backbone.weights_fingerprint() != self.backbone.fingerprint:
-            raise RuntimeError("the frozen backbone changed during the run; its results are void")
-
-
 def finish(folder: RunFolder, stream: Stream) -> None:
     """Join the tasks' tables into the run's."""
     names = [f"tasks/{task.index + 1:03d}" for task in stream.tasks]
@@ -275,7 +136,7 @@ def finish(folder: RunFolder, stream: Stream) -> None:
         )
         for name in ("results.parquet", "predictions.parquet")
     }
-    timings = [_timing(folder, task.index) for task in stream.tasks]
+    timings = [task_timing(folder, task.index) for task in stream.tasks]
     total = sum(t["learn"] + t["route"] + t["evaluate"] for t in timings)
     timing = {"total_seconds": round(total, 3), "tasks": timings}
     tables["timing.json"] = (json.dumps(timing, indent=1) + "\n").encode()
@@ -289,6 +150,7 @@ def describe(stream: Stream) -> dict[str, Any]:
             "task": t.index + 1,
             "name": t.name,
             "classes": list(t.classes),
+            **({"borrowed": list(t.borrowed)} if t.borrowed else {}),
             "train": len(t.train),
             "validation": len(t.validation),
             "test": len(t.test),
@@ -302,48 +164,6 @@ def describe(stream: Stream) -> dict[str, Any]:
         "fingerprint": stream.fingerprint,
         "tasks": tasks,
     }
-
-
-@contextmanager
-def downloading(console: Console, what: str) -> Iterator[Progress]:
-    """A progress bar that appears only if something is downloaded."""
-    with ExitStack() as stack:
-        bars: list[Bar] = []
-        done = 0
-
-        def progress(so_far: int, total: int) -> None:
-            nonlocal done
-            if not bars:
-                bars.append(stack.enter_context(console.bar(f"download {what}", total, "bytes")))
-            bars[0].advance(so_far - done)
-            done = so_far
-
-        yield progress
-
-
-def cache_folder(config: Mapping[str, Any]) -> Path:
-    """Where downloads, tokens and features are kept."""
-    return Path(config["paths"]["cache"]).expanduser()
-
-
-def set_device(config: Mapping[str, Any]) -> torch.device:
-    """Choose the device, fix the number of threads, ask for deterministic kernels.
-
-    Raises:
-        ConfigError: The device is not there.
-    """
-    device = choose_device(config["device"])
-    if config["threads"] != "auto":
-        torch.set_num_threads(int(config["threads"]))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return device
-
-
-def _timing(folder: RunFolder, task: int) -> dict[str, Any]:
-    path = folder.read(f"tasks/{task + 1:03d}/timing.json")
-    return dict(json.loads(path.read_text()))
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,18 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, err
 _sweeps: list[tuple[Path, float]] = []
 
 
+#: Environment variable that tells a sweep's jobs when it began, in seconds of the epoch.
+BEGAN = "CL_PEFT_SWEEP_BEGAN"
+
+
 class Sweep(Callback):
     """Hydra callback: marks the groups that a sweep's jobs belong to, whose tables are shown."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
         """Called once in the process that starts the sweep."""
-        _sweeps.append((Path(str(config.paths.runs)).expanduser(), time.time()))
+        began = time.time()
+        _sweeps.append((Path(str(config.paths.runs)).expanduser(), began))
+        os.environ[BEGAN] = repr(began)  # processes that run jobs inherit it
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
         """Called in the process of every job, also of one that failed."""
@@ -115,16 +121,41 @@ def job(cfg: DictConfig) -> float:
         if sweep:
             _record_refused(cfg, error)
         raise
+    if sweep and config["fail_fast"]:
+        _refuse_after_failure(Path(config["paths"]["runs"]).expanduser() / config["group"])
     console = Console(bars=False if jobs != 1 else None)
-    name = run_id(config)
     if hydra is not None and sweep:
         console.message(f"job {hydra.job.num}: {' '.join(hydra.overrides.task)}")
-    folder = RunFolder(Path(config["paths"]["runs"]).expanduser() / config["group"] / name)
     for axis in ("module", "router"):
         given = OmegaConf.select(cfg, f"{axis}.name")
         if config[axis]["name"] == "none" and given != "none":
             learner = config["learner"]["name"]
             console.message(f"learner={learner} uses no {axis}: {axis}={given} is set to none")
+    baselines: dict[str, dict[str, Any]] = {}
+    if config["bounds"] == "on":
+        from cl_peft import bounds
+
+        baselines = bounds.baselines(config)
+        for what, other in baselines.items():
+            console.message(f"baseline {what}: {run_id(other)}")
+            _run(other, console, jobs)
+    folder = _run(config, console, jobs, baselines)
+    from cl_peft import presentation
+
+    if sweep:  # the sweep's table comes at its end
+        return presentation.write(folder.path).score
+    return presentation.show(folder.path, console)
+
+
+def _run(
+    config: dict[str, Any],
+    console: Any,  # noqa: ANN401
+    jobs: int,
+    baselines: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunFolder:
+    """Run a validated configuration, go on with it, or recognise that it has run."""
+    name = run_id(config)
+    folder = RunFolder(Path(config["paths"]["runs"]).expanduser() / config["group"] / name)
     waiting = "another process runs this configuration; waiting for it"
     with folder.lock(lambda: console.message(waiting)):
         if config["fresh"]:
@@ -132,17 +163,35 @@ def job(cfg: DictConfig) -> float:
             if aside is not None:
                 console.message(f"the earlier run was moved to {aside}")
         state = folder.open(config)
+        if baselines:
+            from cl_peft import bounds
+
+            bounds.record(folder.path, baselines)
+            (folder.path / "report.md").unlink(missing_ok=True)  # written again, with bounds
         if state == "finished":
             console.message(f"already finished: {folder.path}")
         else:
             if folder.done:
                 console.message(f"going on after task {folder.done} of {folder.path}")
             _compute(config, folder, console, jobs)
-    from cl_peft import presentation
+    return folder
 
-    if sweep:  # the sweep's table comes at its end
-        return presentation.write(folder.path).score
-    return presentation.show(folder.path, console)
+
+def _refuse_after_failure(group: Path) -> None:
+    """With ``fail_fast``, start no job when another one of this sweep has failed.
+
+    Raises:
+        UserError: One has.
+    """
+    began = float(os.environ.get(BEGAN, "inf"))
+    for path in group.glob("*/status.json"):
+        if path.stat().st_mtime < began - 1:  # clocks of file systems are coarse
+            continue
+        if RunFolder(path.parent).status().get("state") == "failed":
+            raise UserError(
+                f"not started, since {path.parent.name} failed (fail_fast=true). The same sweep "
+                "again retries what failed and goes on."
+            )
 
 
 def _compute(config: dict[str, Any], folder: RunFolder, console: Any, jobs: int) -> None:  # noqa: ANN401
@@ -261,7 +310,7 @@ def explain(error: Exception) -> str:
     text = str(error) or str(cause)
     match = re.search(r"Could not override '([^']+)'.*?No match in the defaults list", text, re.S)
     if match:
-        groups = sorted(p.name for p in _conf().iterdir() if p.is_dir())
+        groups = sorted(p.name for p in conf_folder().iterdir() if p.is_dir())
         wrong = match.group(1)
         return (
             f"{wrong}: there is no such group.{did_you_mean(wrong, groups)}\n"
@@ -278,5 +327,6 @@ def _about_the_command(error: Exception) -> bool:
     return raised in ("hydra", "omegaconf") and not any(f.f_code is job.__code__ for f in frames)
 
 
-def _conf() -> Path:
+def conf_folder() -> Path:
+    """Where the configuration files lie."""
     return Path(__file__).resolve().parent.parent / "conf"

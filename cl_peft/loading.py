@@ -26,12 +26,13 @@ from cl_peft.config import Seeds, build
 from cl_peft.console import Console
 from cl_peft.errors import ConfigError, DamagedRunError, DataError
 from cl_peft.learners.base import Learner, Tools
+from cl_peft.memo import Memo, Questions
 from cl_peft.modules.bank import Bank
 from cl_peft.modules.head import Head
 from cl_peft.routers.base import Router
 from cl_peft.runs import RunFolder
 from cl_peft.schema import class_constant
-from cl_peft.streams.base import Progress, Split, Task
+from cl_peft.streams.base import Progress, Split, Stream, Task
 from cl_peft.tracking import Tracker
 
 
@@ -53,7 +54,7 @@ def wire(
     """
     backbone, seed = features.backbone, Seeds(**config["seed"])
     router: Router = build(config["router"])
-    router.start(backbone.width, seed.init)
+    router.start(features.width(router.layers), seed.init)
     learner: Learner = build(config["learner"])
     learner.start(
         Tools(
@@ -79,10 +80,12 @@ class Stored:
     Attributes:
         units: Module and head by task index: all of them, or the last, as the learner keeps them.
         router: The router's state after the last task; empty where it has none.
+        learner: What the learner keeps besides units, after the last task.
     """
 
     units: dict[int, dict[str, Tensor]]
     router: dict[str, Tensor]
+    learner: dict[str, Tensor]
 
     @staticmethod
     def read(folder: RunFolder, keeps: Literal["all", "last"]) -> Stored:
@@ -94,14 +97,16 @@ class Stored:
         tasks = range(folder.done) if keeps == "all" else range(folder.done - 1, folder.done)
         names = {task: f"tasks/{task + 1:03d}/module.safetensors" for task in tasks}
         units = {t: _tensors(folder, name) for t, name in names.items() if folder.has(name)}
-        state = f"tasks/{folder.done:03d}/router.safetensors"
-        return Stored(units, _tensors(folder, state) if folder.has(state) else {})
+        last = [f"tasks/{folder.done:03d}/{who}.safetensors" for who in ("router", "learner")]
+        states = [_tensors(folder, name) if folder.has(name) else {} for name in last]
+        return Stored(units, *states)
 
     def put(self, learner: Learner, router: Router, seen: Sequence[Task]) -> None:
         """Bring learner and router to the state after the tasks ``seen``."""
         learner.restore(self.units, seen)
+        learner.load_state(self.learner)
         if learner.uses_router:
-            router.load_state(self.router)
+            router.load(self.router)
 
 
 @dataclass(frozen=True)
@@ -187,31 +192,31 @@ class LoadedRun:
             return Answers(empty, [], empty, none, none)
         margin = torch.full((n,), float("nan"))
         try:
+            true = np.zeros(n, dtype=np.int64) if tasks is None else self._given(tasks, n)
+            features, rows = learner.tools.features, np.arange(n)
+            asked = Questions(learner, Memo(), features, inputs, rows, true, len(self.tasks))
             if tasks is not None:
-                chosen = self._given(tasks, n)
+                chosen, (logits,) = true, asked.ask(true)
             elif self.scenario == "task" or (learner.uses_router and self.router.sees_task):
                 raise ConfigError(
                     f"{self.folder}: router={self.config['router']['name']} on a stream of "
                     f"scenario '{self.scenario}' needs the true task of each input. Give tasks=."
                 )
             elif learner.uses_router:
-                needs = self.router.needs_features
-                features = learner.tools.features
-                choice = self.router.choose(
-                    features.features(inputs) if needs else torch.zeros(n, self.backbone.width)
-                )
+                choice, logits = self.router.answer(asked)
                 chosen, margin = choice.tasks.numpy(), choice.margin
+                by_class = self.router.by_class(choice)
             else:
-                chosen = np.full(n, self.tasks[-1].index)
-            units = np.array([learner.unit_for(int(task)) for task in chosen])
-            logits = learner.logits(inputs, units)
+                (logits,) = asked.ask(np.full(n, self.tasks[-1].index))
+                chosen, by_class = np.full(n, -1), True
         finally:
             learner.tools.features.forget()  # a server would keep every input it ever saw
         if tasks is not None:
             logits = logits + self._allowed()[torch.from_numpy(chosen)]
         labels = logits.argmax(1).numpy()
-        if tasks is None and not learner.uses_router:
-            chosen = self._task_of(labels)
+        if tasks is None and by_class:
+            owner = self._owners()[labels]
+            chosen = np.where(owner < 0, chosen, owner)
         return Answers(
             labels=labels,
             names=[self.class_names[label] for label in labels],
@@ -232,16 +237,13 @@ class LoadedRun:
         """``(tasks, classes)``: 0 for a task's own classes, else -inf."""
         allowed = torch.full((len(self.tasks), len(self.class_names)), float("-inf"))
         for task in self.tasks:
-            allowed[task.index, list(task.classes)] = 0.0
+            allowed[task.index, list(task.owned)] = 0.0
         return allowed
 
-    def _task_of(self, labels: np.ndarray) -> np.ndarray:
-        """Index of the task that a class came with; -1 where several tasks share the classes."""
-        owner = np.full(len(self.class_names), -1)
-        if self.scenario != "domain":
-            for task in self.tasks:
-                owner[list(task.classes)] = task.index
-        return owner[labels]
+    def _owners(self) -> np.ndarray:
+        """``(classes,)`` task that alone owns a class; -1 where several or none do."""
+        nothing = Stream("", "class", self.class_names, self.tasks)
+        return nothing.owners
 
 
 def load_run(
@@ -279,7 +281,10 @@ def load_run(
     learner, router = wire(config, features, sizes, quiet, Tracker())
     nothing = Split(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
     tasks = tuple(
-        Task(t["task"] - 1, t["name"], tuple(t["classes"]), nothing, nothing, nothing)
+        Task(
+            *(t["task"] - 1, t["name"], tuple(t["classes"]), nothing, nothing, nothing),
+            borrowed=tuple(t.get("borrowed", ())),
+        )
         for t in stream["tasks"][:done]
     )
     stored.put(learner, router, tasks)
@@ -300,7 +305,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Stored, int]:
             config = dict(yaml.safe_load(run.content("config.yaml")))
             stream = dict(json.loads(run.content("stream.json")))
             keeps = class_constant(config["learner"]["_target_"], "keeps")
-            stored = Stored.read(run, keeps) if done else Stored({}, {})
+            stored = Stored.read(run, keeps) if done else Stored({}, {}, {})
         except DamagedRunError:
             run.look()
             if run.done == done:

@@ -13,6 +13,7 @@ import pandas as pd
 
 import analysis
 from analysis.figures import png
+from cl_peft import bounds
 from cl_peft.atomic import write_atomic
 from cl_peft.console import Console
 from cl_peft.report import write_report
@@ -52,11 +53,12 @@ def write(folder: Path) -> Final:
             view.matrix("oracle"), view.matrix("routed"), title=title
         )
         write_atomic(figure, png(drawn))
+    measured = bounds.read(folder)
     if not (folder / "report.md").exists():
         write_report(folder)
     return Final(
         score=view.value("average_accuracy", "routed"),
-        summary=_summary(view),
+        summary={**_summary(view), **(measured.numbers() if measured else {})},
         figures={"accuracy_matrix": figure},
         tables={"results": view.results, "misrouted": _misrouted(view)},
     )

@@ -4,7 +4,7 @@ Layout (numbers of tasks are 1-based, as in the literature)::
 
     config.yaml stream.json provenance.json status.json manifest.json run.log
     tasks/001/   module.safetensors results.parquet predictions.parquet memo.parquet timing.json
-                 router.safetensors (of the latest task only)
+                 router.safetensors learner.safetensors (of the latest task only)
     results.parquet predictions.parquet timing.json accuracy_matrix.png report.md   (when finished)
 
 A task's files are written into a hidden folder, flushed to disk, and appear by one rename; then the
@@ -40,6 +40,8 @@ from cl_peft.errors import DamagedRunError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+#: Files of a task that replace those of earlier tasks.
+LATEST = ("router.safetensors", "learner.safetensors")
 State = Literal["new", "running", "finished", "failed", "refused"]
 #: Packages whose versions can change numbers.
 PACKAGES = ("cl_peft", "torch", "transformers", "tokenizers", "datasets", "numpy", "pandas",
@@ -236,16 +238,15 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             raise disk_error(error, folder, size) from error
         listed = {f"tasks/{folder.name}/{name}": _entry(data) for name, data in files.items()}
-        router = "/router.safetensors"
-        old = [n for t in self._manifest["tasks"] for n in t["files"] if n.endswith(router)]
-        if any(n.endswith(router) for n in listed):
-            for entry in self._manifest["tasks"]:
-                entry["files"] = {n: e for n, e in entry["files"].items() if n not in old}
-        else:
-            old = []
+        newer = {name for name in LATEST if f"tasks/{folder.name}/{name}" in listed}
+        old = [
+            n for t in self._manifest["tasks"] for n in t["files"] if n.rsplit("/", 1)[1] in newer
+        ]
+        for entry in self._manifest["tasks"]:
+            entry["files"] = {n: e for n, e in entry["files"].items() if n not in old}
         self._manifest["tasks"].append({"task": task + 1, "files": listed})
         self._write_manifest()
-        for name in old:  # its sums are contained in the newer one
+        for name in old:  # what it says is contained in the newer one
             (self.path / name).unlink(missing_ok=True)
         self.set_status("running", tasks)
 

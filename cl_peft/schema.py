@@ -5,6 +5,8 @@ configuration must not. So the constructor's annotated keyword arguments *are* t
 are read from the source text with :mod:`ast`: one place says name, type, range and default, and a
 new method is one file and one config with nothing else to touch.
 
+A constructor that ends in ``**common: Any`` takes its base class's arguments too.
+
 Annotations may use builtins, ``Literal``, ``Annotated`` and pydantic's constrained types
 (``PositiveInt``, ``Field(ge=0, lt=1)``, ...). Defaults must be literals.
 """
@@ -132,12 +134,19 @@ def _with_bases(module: str, cls: str) -> list[tuple[Path, ast.ClassDef]]:
 
 
 def _constructor(module: str, cls: str) -> list[tuple[str, str, Any]]:
-    """``(name, annotation, default)`` of the first ``__init__`` found; ``...`` means required."""
+    """``(name, annotation, default)`` of the first ``__init__`` found; ``...`` means required.
+
+    One that ends in ``**common`` hands those on, so the next base class's arguments count as well.
+    """
+    result: list[tuple[str, str, Any]] = []
     for path, node in _with_bases(module, cls):
         for statement in node.body:
             if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-                return _arguments(path, statement)
-    return []
+                known = {name for name, _, _ in result}
+                result += [a for a in _arguments(path, statement) if a[0] not in known]
+                if statement.args.kwarg is None:
+                    return result
+    return result
 
 
 def _arguments(path: Path, init: ast.FunctionDef) -> list[tuple[str, str, Any]]:

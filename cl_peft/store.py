@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import filelock
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -33,7 +34,11 @@ class ContentStore:
         self.folder = folder
 
     def get(
-        self, kind: str, key: str, compute: Callable[[], dict[str, torch.Tensor]]
+        self,
+        kind: str,
+        key: str,
+        compute: Callable[[], dict[str, torch.Tensor]],
+        exclusive: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Return the value stored under ``key``, computing and storing it if it is not there.
 
@@ -41,13 +46,31 @@ class ContentStore:
             kind: Subfolder, such as ``"features"``.
             key: Hex digest of everything the value depends on.
             compute: Makes the value; called only when it is absent or its file is damaged.
+            exclusive: Let other processes that want the same value wait for it, not compute it too.
         """
         path = self.folder / kind / key[:2] / f"{key}.safetensors"
-        if path.exists():
-            try:
-                return load_file(path)
-            except (SafetensorError, OSError) as error:
-                log.warning("%s is damaged (%s); it is computed again", path, error)
+        known = self._read(path)
+        if known is not None:
+            return known
+        if exclusive:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(path.with_suffix(".lock")):  # let go of when its owner dies
+                known = self._read(path)
+                return known if known is not None else self._make(path, compute)
+        return self._make(path, compute)
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
+        if not path.exists():
+            return None
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            log.warning("%s is damaged (%s); it is computed again", path, error)
+            return None
+
+    def _make(
+        self, path: Path, compute: Callable[[], dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
         value = {name: tensor.contiguous().cpu() for name, tensor in compute().items()}
         write_atomic(path, save(value))
         return value

@@ -175,6 +175,26 @@ class ResultView:
             ("drift", self.drift()),
             ("size", self.parameters()),
             ("time", self.time()),
+            *self.bounds(),
+        ]
+
+    def bounds(self) -> list[tuple[str, str]]:
+        """Where a finished run stands between its baselines, if it was run with them."""
+        from cl_peft import bounds
+
+        found = bounds.read(self.folder) if self.state == "finished" else None
+        if found is None:
+            return []
+        names = {"lower": "sequential", "upper": "joint", "frozen": "frozen nearest mean"}
+        known = [f"{names[name]} {percent(value)}" for name, value in found.accuracy.items()]
+        return [
+            ("bounds", f"{', '.join(known)}; share of the gap {percent(found.share_of_gap)}"),
+            (
+                "new task",
+                f"intransigence {percent(found.intransigence)}, gain over frozen "
+                f"{percent(found.gain_over_frozen)}, forward transfer "
+                f"{percent(found.forward_transfer, 'n/a (heads come with tasks)')}",
+            ),
         ]
 
     def decomposition(self) -> str:
@@ -222,7 +242,9 @@ class ResultView:
             f"{part} {duration(sum(float(t.get(part, 0.0)) for t in self.times))}"
             for part in ("learn", "route", "evaluate")
         ]
-        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}"
+        reused = sum(bool(t.get("reused")) for t in self.times)
+        looked_up = f"; {reused} of {len(self.times)} modules from the cache" if reused else ""
+        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}{looked_up}"
 
     def paths(self) -> list[tuple[str, Path]]:
         """Where to look next: the run folder, and figure and report where they exist."""

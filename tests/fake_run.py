@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,41 @@ def _results(run, predictions, earlier) -> pd.DataFrame:
     columns = ["run", "after_task", "eval_task", "routing", "metric", "value"]
     table = pd.DataFrame(rows, columns=columns)
     return table.astype({"after_task": "int32", "eval_task": "Int32", "value": "float64"})
+
+
+def write_sweep(root: Path, runs: int, tasks=10, group="sweep") -> list[Path]:
+    """Write many finished runs quickly: three routers, ranks and orders over seeds.
+
+    The tables of one real-looking run are varied by a little noise of each run's own, so that every
+    file differs; there are no predictions, and of the tasks' files only the manifest's entries.
+    """
+    template = write_run(root / group / "template", tasks=tasks)
+    base = pd.read_parquet(template / "results.parquet")
+    texts = {n: (template / n).read_text() for n in ("status.json", "stream.json", "manifest.json")}
+    manifest = json.loads(texts["manifest.json"])
+    shares = base["value"].between(0, 1) & base["metric"].str.contains("accuracy")
+    folders = []
+    for k in range(runs):
+        router, rank = ("ridge", "prototype", "oracle")[k % 3], (4, 8, 16)[k // 3 % 3]
+        order, init = k // 9 % 3, k // 27
+        settings = config(
+            router__name=router,
+            module__rank=rank,
+            seed__order=order,
+            seed__init=init,
+            group=group,
+        )
+        folder = root / group / f"lora-{router}-{rank}-s{order}.{init}.0"
+        folder.mkdir()
+        noise = np.random.default_rng(k).uniform(-0.02, 0.0, len(base))
+        values = np.where(shares, np.clip(base["value"] + noise, 0, 1), base["value"])
+        table = base.assign(run=folder.name, value=values)
+        table.to_parquet(folder / "results.parquet", index=False)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+        for name in ("status.json", "stream.json"):
+            (folder / name).write_text(texts[name])
+        entry = {"results.parquet": _entry(folder / "results.parquet")}
+        _json(folder / "manifest.json", **(manifest | {"final": manifest["final"] | entry}))
+        folders.append(folder)
+    shutil.rmtree(template)
+    return folders

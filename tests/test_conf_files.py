@@ -2,18 +2,18 @@
 
 import json
 
-import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from package_index import PackageIndex, wheel
-from running import CONF, RIDGE, config, rows_of, run, warm_command
+from package_index import PackageIndex
+from running import CONF, RIDGE, config, run, warm_command
+from tiny_data import tiny_data as make
 
-from cl_peft.config import AXES, Protocol, run_id, validate
+from cl_peft.config import AXES, Protocol, build, run_id, split_stream, validate
 from cl_peft.errors import ConfigError
-from cl_peft.schema import constructor_model
+from cl_peft.schema import class_constant, constructor_model
+from cl_peft.streams.protocol import make_stream
 
 SMOKE = ("debug=smoke",)
 
@@ -28,38 +28,11 @@ def valid(*overrides):
 
 @pytest.fixture
 def tiny_data(tmp_path, monkeypatch):
-    """A function that makes tiny data for a stream's configuration: where a hub would be asked, a
-    data set saved to disk; where a package would be fetched, one from an index on this machine.
-
-    Returns overrides.
-    """
+    """A function that makes tiny data for a stream's configuration, and returns overrides."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with PackageIndex() as index:
         monkeypatch.setenv("PIP_INDEX_URL", index.url)
-        yield lambda stream: _tiny_data(stream, tmp_path / "data", index)
-
-
-def _tiny_data(stream, folder, index):
-    classes = [f"c{i:02d}" for i in range(2 * stream["tasks"])]
-    text, label = (v if isinstance(v, str) else v[0] for v in (stream["text"], stream["label"]))
-    splits = {split: rows_of(classes, 10, split) for split in ("train", "test")}
-    if stream["_target_"] == "cl_peft.streams.hub.Hub":
-        tables = {s: pd.DataFrame(rows, columns=[text, label]) for s, rows in splits.items()}
-        data = DatasetDict({s: Dataset.from_pandas(table) for s, table in tables.items()})
-        data.save_to_disk(folder)
-        return [f"stream.path={folder}"]
-    if stream["_target_"] == "cl_peft.streams.package.Package":
-        assert stream["format"] == "orange_tab"
-        header = f"{label}\t{text}\nd\tstring\nclass\t\n"
-        members = {
-            f"tiny/{stream[split]}": (
-                header + "".join(f"{name}\t{words}\n" for words, name in rows)
-            ).encode()
-            for split, rows in splits.items()
-        }
-        digest = index.add("tiny-1.0-py3-none-any.whl", wheel(members))
-        return [f"stream.archive='package:tiny==1.0/tiny#sha256={digest}'"]
-    raise AssertionError(f"no tiny data for {stream['_target_']}: add some, or it is not exercised")
+        yield lambda stream: make(stream, tmp_path / "data", index)
 
 
 AXIS_FILES = [(axis, name) for axis in AXES for name in names(axis)]
@@ -67,18 +40,24 @@ AXIS_FILES = [(axis, name) for axis in AXES for name in names(axis)]
 NEEDED = {
     "stream/files": {"train": "a.csv", "test": "b.csv", "tasks": 2},
     "stream/hub": {"path": "owner/name", "tasks": 2},
+    "stream/standard_cl_fewshot": {"path": "somewhere"},
     "backbone/encoder": {"name": "owner/name"},
     "backbone/decoder": {"name": "owner/name"},
 }
 
 
 def raw(axis, name):
-    return OmegaConf.to_container(OmegaConf.load(CONF / axis / f"{name}.yaml"))
+    node = OmegaConf.load(CONF / axis / f"{name}.yaml")
+    for other in node.pop("defaults", ["_self_"])[:-1]:  # of the form /common/FILE@_here_
+        node = OmegaConf.merge(
+            OmegaConf.load(CONF / f"{other.strip('/').split('@')[0]}.yaml"), node
+        )
+    return OmegaConf.to_container(node)
 
 
 def test_every_group_is_walked():
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert groups == {*AXES, "experiment", "sweep", "debug"}
+    assert groups == {*AXES, "cluster", "common", "debug", "experiment", "search", "sweep"}
     assert len(AXIS_FILES) >= 24
     assert {axis for axis, _ in AXIS_FILES} == set(AXES)
 
@@ -121,6 +100,9 @@ def test_file_is_valid(axis, name):
     needed = NEEDED.get(f"{axis}/{name}", {})
     fits = {"module/none": ["learner=frozen"], "router/none": ["learner=sequential"]}
     overrides = [f"{axis}={name}", *(f"{axis}.{key}={value}" for key, value in needed.items())]
+    if axis == "learner":  # one that is made for certain modules gets the first of them
+        modules = class_constant(raw(axis, name)["_target_"], "modules")
+        overrides += [f"module={module}" for module in modules[:1]]
     checked = valid(*overrides, *fits.get(f"{axis}/{name}", []))
     assert checked[axis]["_target_"] == raw(axis, name)["_target_"]
     if needed:
@@ -130,12 +112,41 @@ def test_file_is_valid(axis, name):
         assert all(f"{axis}.{key}=..." in str(error.value) for key in needed)
 
 
+def tasks_of(stream):
+    """How many tasks a stream's configuration promises."""
+    parts = stream.get("sets") or stream.get("domains")
+    each = stream["tasks"] or (len(parts) if parts else 4)  # ratings have four domains
+    return each * stream["repetitions"]
+
+
+@pytest.mark.parametrize("name", names("stream"))
+def test_stream_delivers_its_tasks(name, tiny_data, tmp_path):
+    """Every stream, with its own source on tiny data, gives the tasks that its file promises."""
+    given = [f"stream.{key}={v}" for key, v in NEEDED.get(f"stream/{name}", {}).items()]
+    as_written = valid(f"stream={name}", *given)["stream"]
+    stream = valid(f"stream={name}", *given, *tiny_data(as_written))["stream"]
+    protocol, source = split_stream(stream)
+    data = build({**source, "name": name}).load(tmp_path / "cache")
+    tasks = make_stream(data, protocol, order_seed=0, data_seed=0).tasks
+    parts = stream.get("sets") or stream.get("domains")
+    assert len(tasks) == tasks_of(stream)
+    if isinstance(stream["order"], int):
+        assert [task.name for task in tasks] == stream["orders"][stream["order"]]
+        assert all(len(order) == len(parts) for order in stream["orders"].values())
+        assert all(set(order) == set(parts) for order in stream["orders"].values())
+    assert all(len(task.train) and len(task.validation) and len(task.test) for task in tasks)
+
+
 # ------------------------------------------------------------------ experiments and sweeps
 
 
 def test_there_are_experiments_and_sweeps():
-    assert names("experiment") == ["banking77", "clinc150", "newsgroups"]
-    assert names("sweep") == ["bounds", "orders"]
+    assert names("experiment") == [
+        *("banking77", "clinc150", "newsgroups", "standard_cl_fewshot", "with_bounds")
+    ]
+    assert names("sweep") == [
+        *("bounds", "heads", "learners", "orders", "prompt_learners", "routers")
+    ]
     assert names("debug") == ["smoke"]  # exercised by the fixture smoke_run
 
 
@@ -143,7 +154,8 @@ def test_there_are_experiments_and_sweeps():
 def test_experiment_runs(name, tiny_data, places):
     """The whole experiment with its own source, on tiny data and a tiny backbone. An experiment
     whose source has no tiny data here fails."""
-    as_written = validate(config(f"experiment={name}"))
+    needed = ["stream.path=somewhere"] if name == "standard_cl_fewshot" else []
+    as_written = validate(config(f"experiment={name}", *needed))
     shrink = ["backbone=tiny", "trainer.epochs=1", "tracker=disabled", "threads=1"]
     if as_written["router"]["name"] == "ridge":
         shrink.append("router.projection=64")
@@ -151,10 +163,8 @@ def test_experiment_runs(name, tiny_data, places):
     stored = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     for axis in ("module", "learner", "optimizer"):
         assert stored[axis] == as_written[axis]
-    assert (
-        len(json.loads((folder / "stream.json").read_text())["tasks"])
-        == as_written["stream"]["tasks"]
-    )
+    tasks = json.loads((folder / "stream.json").read_text())["tasks"]
+    assert len(tasks) == tasks_of(as_written["stream"])
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
@@ -168,9 +178,13 @@ def test_sweep_names_different_valid_runs(name):
     assert len({run_id(valid(*job)) for job in jobs}) == len(jobs)
 
 
+#: What makes a sweep fit the tiny backbone, or short.
+FEWER = {"routers": ["seed.order=0"], "heads": ["seed.order=0", "router.layers=null,[1,2]"]}
+
+
 @pytest.mark.parametrize("name", names("sweep"))
 def test_sweep_runs(name, places, tmp_path):
-    small = ["trainer.epochs=1", "stream.tasks=2"]
+    small = ["trainer.epochs=1", "stream.tasks=2", *FEWER.get(name, [])]
     if (
         "router"
         not in config(*SMOKE, f"sweep={name}", return_hydra_config=True).hydra.sweeper.params

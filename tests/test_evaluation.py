@@ -7,11 +7,12 @@ import torch
 from core_fixtures import stream_of, world
 
 from cl_peft import metrics
-from cl_peft.evaluation import Memo
+from cl_peft.evaluation import _best
 from cl_peft.learners.frozen import Frozen
 from cl_peft.learners.isolated import Isolated
 from cl_peft.learners.joint import Joint
 from cl_peft.learners.sequential import Sequential
+from cl_peft.memo import Memo
 from cl_peft.modules.bank import Route
 from cl_peft.routers.oracle import Oracle
 from cl_peft.routers.prototype import Prototype
@@ -253,6 +254,7 @@ def test_costs_are_rows_and_columns_have_their_types(isolated):
         "routed_task": "int16",
         "margin": "float32",
         "confidence": "float32",
+        "abstained": "bool",
     }
     assert (predictions["margin"] >= 0).all()
     assert np.isnan(overall(results[0].rows, "forgetting", "routed"))
@@ -366,9 +368,11 @@ def test_a_unit_without_the_true_classes_has_no_answer_within_them():
     for task in w.stream.tasks:
         w.step(task)
     memo = w.evaluator.memo
-    first = w.learner.units[0].fingerprint
-    other = [(f, t, r) for f, t, r in memo._entries if f == first and t != 0]
+    first = w.learner.units[0]
+    other = [key for key in memo._entries if key[0] == first.fingerprint and key[1] != 0]
     assert other
-    labels, within, _ = memo.get(other)
-    assert (within == -1).all()
-    assert set(labels) <= set(w.stream.tasks[0].classes)
+    assert memo.get(other).shape == (len(other), len(first.head.classes))
+    units = w.learner.logits(["anything"], np.array([0]))
+    wrong = torch.full((1, len(w.stream.class_names)), float("-inf"))
+    wrong[:, list(w.stream.tasks[1].classes)] = 0.0
+    assert _best(units + wrong).tolist() == [-1]

@@ -6,9 +6,9 @@ import torch
 from running import run
 
 from cl_peft.errors import ConfigError
-from cl_peft.experiment import set_device
 from cl_peft.learners.base import Learner
 from cl_peft.runs import RunFolder
+from cl_peft.world import set_device
 
 LEARNERS = ("isolated", "sequential", "joint", "frozen")
 SMALL = (

@@ -143,7 +143,7 @@ def test_bug_keeps_its_traceback(outcome, monkeypatch, places):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("cl_peft.training.Trainer.fit", broken)
-    code, text = outcome(*SMOKE, *RIDGE, *places)
+    code, text = outcome(*SMOKE, *RIDGE, *places, "cache=off")
     assert code == 1
     assert "Traceback" in text
     folder = folder_of(*SMOKE, *RIDGE, *places)

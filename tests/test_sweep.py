@@ -2,9 +2,10 @@
 
 import pandas as pd
 import pytest
-from running import RIDGE, command, digests, folder_of, warm_command
+from running import RIDGE, ROOT, command, digests, folder_of, warm_command
 
 SMOKE = ("debug=smoke", "trainer.epochs=1")
+MAIN = str(ROOT / "main.py")
 TWO_BY_TWO = ("learner=isolated,sequential", "seed.init=0,1")
 
 
@@ -102,3 +103,42 @@ def test_table_of_every_group_that_the_sweep_touched(tmp_path, cache):
     assert [done.stdout.count(f" in {tmp_path / group}\n") for group in "ab"] == [1, 1]
     table = pd.read_csv(tmp_path / "a" / "status.csv")
     assert sorted(table["state"]) == ["failed", "finished"]
+
+
+@pytest.mark.slow
+def test_a_cluster_sweep_on_this_machine(tmp_path, cache):
+    """Submitit's local executor; the same sweep again does nothing."""
+    args = ("cluster=local", *RIDGE, "seed.init=0,1", f"paths.runs={tmp_path / 'runs'}")
+    for expected in (0, 2):
+        done = command("--multirun", *SMOKE, *args, f"paths.cache={cache}")
+        assert done.returncode == 0, done.stderr
+        table = pd.read_csv(tmp_path / "runs" / "smoke" / "status.csv")
+        assert (table["state"] == "finished").all()
+        assert len(table) == 2
+        logs = list((tmp_path / "runs" / ".submitit").rglob("*_log.err"))
+        assert sum("already finished" in log.read_text() for log in logs) == expected
+
+
+@pytest.mark.slow
+def test_a_search_is_told_the_score(tmp_path, cache):
+    args = ("search=optuna", *RIDGE, "hydra.sweeper.n_trials=3", "module.rank=choice(2,4)",
+            "optimizer.lr=interval(0.001,0.02)", f"paths.runs={tmp_path / 'runs'}")  # fmt: skip
+    done = command("--multirun", *SMOKE, *args, f"paths.cache={cache}", cwd=tmp_path, main=MAIN)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "runs" / "smoke" / "status.csv")
+    found = (tmp_path / "runs" / ".hydra" / "optimization_results.yaml").read_text()
+    best = float(found.split("best_value:")[1].split()[0])
+    assert best == pytest.approx(table["routed_average_accuracy"].max())
+
+
+def test_fail_fast_starts_no_job_after_one_failed(tmp_path, cache):
+    args = (*RIDGE, "trainer.diverged_above=1e-9,1000", f"paths.runs={tmp_path}")
+    states = {}
+    for fast in ("false", "true"):
+        group = f"group=fast-{fast}"
+        done = sweep(tmp_path, *args, group, f"fail_fast={fast}", f"paths.cache={cache}")
+        assert done.returncode == 2
+        table = pd.read_csv(tmp_path / f"fast-{fast}" / "status.csv")
+        states[fast] = sorted(table["state"])
+    assert states["false"] == ["failed", "finished"]
+    assert "finished" not in states["true"]

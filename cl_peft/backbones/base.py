@@ -85,6 +85,8 @@ class Backbone(ABC):
 
     modality: ClassVar[Literal["text", "image"]] = "text"
     quantize: Literal["none", "nf4"] = "none"
+    #: Further arguments of the model's forward pass.
+    options: ClassVar[dict[str, Any]] = {}
     model: PreTrainedModel
     width: int
     device: torch.device
@@ -134,8 +136,35 @@ class Backbone(ABC):
         """Pad a few examples to a batch on :attr:`device`."""
 
     @abstractmethod
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """One feature per example, ``(B, L, H)`` to ``(B, H)``."""
+
     def __call__(self, batch: Batch) -> Tensor:
         """Pooled features ``(B, H)``; modules act inside if a bank's scope is open."""
+        return self.pool(self.model(**batch, **self.options).last_hidden_state, batch)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return int(self.model.config.num_hidden_layers)
+
+    def pooled_layers(self, batch: Batch, layers: Sequence[int]) -> Tensor:
+        """Pooled outputs of some layers side by side, ``(B, len(layers) H)``.
+
+        Args:
+            batch: As for calling the backbone.
+            layers: Numbers from 1 to :attr:`depth`; the last is the model's output.
+
+        Raises:
+            ConfigError: There is no such layer.
+        """
+        wrong = [n for n in layers if not 1 <= n <= self.depth]
+        if wrong:
+            raise ConfigError(
+                f"router.layers: the backbone has layers 1 to {self.depth}, not {wrong[0]}."
+            )
+        states = self.model(**batch, **self.options, output_hidden_states=True).hidden_states
+        return torch.cat([self.pool(states[n], batch) for n in layers], dim=1)
 
     @property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -25,6 +25,7 @@ class Decoder(TextBackbone):
     """
 
     pooling = "last"
+    options: ClassVar[dict[str, Any]] = {"use_cache": False}
 
     def __init__(
         self,
@@ -35,8 +36,7 @@ class Decoder(TextBackbone):
     ) -> None:
         super().__init__(name, max_length, revision, quantize)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Pooled features ``(B, H)``."""
-        hidden = self.model(**batch, use_cache=False).last_hidden_state
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The last token's state."""
         last = batch["attention_mask"].sum(1) - 1
         return hidden[torch.arange(len(last), device=hidden.device), last]

@@ -36,9 +36,8 @@ class Encoder(TextBackbone):
         super().__init__(name, max_length, revision, quantize)
         self.pooling = pooling
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Pooled features ``(B, H)``."""
-        hidden = self.model(**batch).last_hidden_state
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Mean over a text's own tokens, or the first."""
         if self.pooling == "cls":
             return hidden[:, 0]
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)

@@ -56,7 +56,7 @@ class Features:
         self.progress = progress
         self.computed = 0  # examples that went through the backbone here
         self._encoded: dict[str, Encoded] = {}
-        self._features: dict[str, Tensor] = {}
+        self._features: dict[tuple[str, tuple[int, ...] | None], Tensor] = {}
 
     def encoded(self, inputs: Sequence[Any]) -> Encoded:
         """Model-ready inputs, tokenized once per example."""
@@ -70,18 +70,38 @@ class Features:
                 self._encoded[name] = chunk.take(np.array([row]))
         return Encoded.concatenate([self._encoded[i] for i in ids]) if ids else self._empty()
 
-    def features(self, inputs: Sequence[Any]) -> Tensor:
-        """Frozen pooled features ``(N, H)`` float32 on the CPU, computed once per example."""
-        ids = [content_id(item) for item in inputs]
-        missing = {i: item for i, item in zip(ids, inputs, strict=True) if i not in self._features}
+    def width(self, layers: Sequence[int] | None = None) -> int:
+        """Size of a feature."""
+        return self.backbone.width * (1 if layers is None else len(layers))
+
+    def features(self, inputs: Sequence[Any], layers: Sequence[int] | None = None) -> Tensor:
+        """Frozen pooled features ``(N, H)`` float32 on the CPU, computed once per example.
+
+        Args:
+            inputs: Raw inputs.
+            layers: Pool these layers, side by side, instead of the backbone's output.
+        """
+        which = None if layers is None else tuple(layers)
+        ids = [(content_id(item), which) for item in inputs]
+        missing = {
+            i: item
+            for (i, _), item in zip(ids, inputs, strict=True)
+            if (i, which) not in self._features
+        }
         device = self.backbone.device.type  # other kinds of device round differently
         for names, items in _chunks(missing):
-            key = _key("features", [self.backbone.key(), self.batch_size, device], names)
-            value = self._get("features", key, partial(self._forward, items))
+            parts = [
+                self.backbone.key(),
+                self.batch_size,
+                device,
+                *([] if which is None else [which]),
+            ]
+            key = _key("features", parts, names)
+            value = self._get("features", key, partial(self._forward, items, which))
             for name, row in zip(names, value["features"], strict=True):
-                self._features[name] = row
+                self._features[name, which] = row
         if not ids:
-            return torch.zeros(0, self.backbone.width)
+            return torch.zeros(0, self.width(layers))
         return torch.stack([self._features[i] for i in ids])
 
     def forget(self) -> None:
@@ -89,7 +109,9 @@ class Features:
         self._encoded.clear()
         self._features.clear()
 
-    def prefetch(self, stream: Stream, splits: Sequence[str]) -> None:
+    def prefetch(
+        self, stream: Stream, splits: Sequence[str], layers: Sequence[int] | None = None
+    ) -> None:
         """Compute features of a whole stream's splits in the source's own order.
 
         So they are the same to the bit, and found in the store, whatever the order of tasks and
@@ -99,7 +121,7 @@ class Features:
             parts = [getattr(task, split) for task in stream.tasks]
             order = np.argsort(np.concatenate([p.rows for p in parts]), kind="stable")
             inputs = [item for p in parts for item in p.inputs]
-            self.features([inputs[i] for i in order])
+            self.features([inputs[i] for i in order], layers)
 
     def _get(
         self, kind: str, key: str, compute: Callable[[], dict[str, Tensor]]
@@ -114,12 +136,17 @@ class Features:
         return {"values": encoded.values, "lengths": torch.from_numpy(encoded.lengths)}
 
     @torch.no_grad()
-    def _forward(self, items: list[Any]) -> dict[str, Tensor]:
+    def _forward(self, items: list[Any], layers: tuple[int, ...] | None) -> dict[str, Tensor]:
         encoded = self.encoded(items)
-        out = torch.empty(len(items), self.backbone.width)
+        out = torch.empty(len(items), self.width(layers))
         batches = list(by_length(encoded.lengths, self.batch_size))
         for rows in self.progress(batches, len(batches)):
-            pooled = self.backbone(self.backbone.collate(encoded.take(rows)))
+            batch = self.backbone.collate(encoded.take(rows))
+            pooled = (
+                self.backbone(batch)
+                if layers is None
+                else self.backbone.pooled_layers(batch, layers)
+            )
             out[torch.from_numpy(rows)] = pooled.float().cpu()
         self.computed += len(items)
         return {"features": out}

@@ -81,8 +81,7 @@ class Vision(Backbone):
         """Images need no padding."""
         return {"pixel_values": encoded.values.to(self.device)}
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Pooled features ``(B, H)``."""
-        hidden = self.model(**batch).last_hidden_state
+    def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """CLS, or the mean over patches."""
         # patches come last, after CLS and what else a model has (DeiT's distillation token, ...)
         return hidden[:, 0] if self.pooling == "cls" else hidden[:, -self.patches :].mean(1)

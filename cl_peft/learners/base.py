@@ -9,8 +9,9 @@ a task id at test time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -53,12 +54,40 @@ class Unit:
     Attributes:
         row: Row of the bank; -1 is the frozen backbone.
         head: Its classifier.
-        fingerprint: Name of all its values; the key of remembered predictions.
+        fingerprint: Name of all values that its answers depend on; the key of remembered
+            predictions.
+        others: Further rows that are active with it, and their weights.
     """
 
     row: int
     head: Head
     fingerprint: str
+    others: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit, as a learner's loss sees it.
+
+    Attributes:
+        task: The task that is learned.
+        module: Leaf tensors by site.
+        head: The head that trains.
+        train: Examples.
+        labels: ``(N,)`` their labels as positions in the head.
+        extra: Further leaf tensors that train, by name.
+    """
+
+    task: Task
+    module: Module
+    head: Head
+    train: Split
+    labels: Tensor
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+    def targets(self, rows: np.ndarray) -> Tensor:
+        """Labels of some examples."""
+        return self.labels[torch.from_numpy(rows).to(self.labels.device)]
 
 
 class Learner(ABC):
@@ -69,12 +98,19 @@ class Learner(ABC):
         uses_module: Whether it trains modules at all.
         needs_features: Whether it looks at frozen features.
         keeps: Which stored units a resumed run needs: ``all``, or the ``last``.
+        history: What a task's result depends on: this ``task`` alone, or the ``stream`` up to it.
+            Equal results are looked up instead of trained again.
+        keeps_examples: Whether it keeps training examples of earlier tasks.
+        modules: Names of the modules that it fits; empty: any.
     """
 
     uses_router: ClassVar[bool] = True
     uses_module: ClassVar[bool] = True
     needs_features: ClassVar[bool] = False
     keeps: ClassVar[Literal["all", "last"]] = "all"
+    history: ClassVar[Literal["task", "stream"]] = "stream"
+    keeps_examples: ClassVar[bool] = False
+    modules: ClassVar[tuple[str, ...]] = ()
 
     def start(self, tools: Tools) -> None:
         """Receive the tools; called once, before anything else."""
@@ -87,6 +123,25 @@ class Learner(ABC):
     @abstractmethod
     def learn(self, task: Task) -> None:
         """Learn a task; earlier ones are available only to a learner that says so."""
+
+    @abstractmethod
+    def recall(self, task: Task, tensors: dict[str, Tensor]) -> None:
+        """Take a task's stored unit instead of learning it.
+
+        Args:
+            task: The next task, with its examples or without.
+            tensors: What :meth:`snapshot` gave after it; empty if it was not kept.
+        """
+
+    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
+        """Come back to the state after the tasks ``seen``.
+
+        Args:
+            snapshots: By task index, what :meth:`snapshot` gave; all of them, or only the last.
+            seen: The tasks learned so far.
+        """
+        for task in seen:
+            self.recall(task, snapshots.get(task.index, {}))
 
     def unit_for(self, task: int) -> int | None:
         """Key of the unit that answers for a task; None where there is none (yet)."""
@@ -101,14 +156,17 @@ class Learner(ABC):
         tensors = {**flatten(module), **unit.head.tensors()}
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
-    @abstractmethod
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
-        """Come back to the state after the tasks ``seen``.
+    def state(self) -> dict[str, Tensor]:
+        """What it keeps besides units (importance weights, a buffer, a pool), after this task."""
+        return {}
 
-        Args:
-            snapshots: By task index, what :meth:`snapshot` gave; all of them, or only the last.
-            seen: The tasks learned so far.
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state`; called after the last :meth:`recall`.
+
+        Raises:
+            DamagedRunError: Tensors are missing or unknown.
         """
+        require(state, set(), f"learner={type(self).__name__.lower()}")
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Any], units: np.ndarray, title: str = "") -> Tensor:
@@ -123,18 +181,85 @@ class Learner(ABC):
             ``(N, classes)`` float32 on the CPU; ``-inf`` for classes that the unit's head lacks.
         """
         out = torch.full((len(inputs), self.tools.n_classes), float("-inf"))
+        for rows, pooled in self._evaluated(inputs, lambda rows: self._route(units[rows]), title):
+            out[torch.from_numpy(rows)] = self._answer(pooled, units[rows])
+        return out
+
+    @torch.no_grad()
+    def mixture(self, inputs: Sequence[Any], weights: Tensor, title: str = "") -> Tensor:
+        r"""Logits over all classes, each sample by its own weighted sum of the units' modules.
+
+        The heads of all units with a weight answer on the mixture's feature ``f``:
+
+        .. math:: z_c = \log w_t + \log \mathrm{softmax}_t(h_t(f))_c
+
+        for class ``c`` of unit ``t``; the best where several units know a class.
+
+        Args:
+            inputs: Raw inputs, ``N``.
+            weights: ``(N, T)`` over the tasks' units; a task without a unit must have 0.
+            title: What the progress bar says.
+
+        Returns:
+            ``(N, classes)`` float32 on the CPU; ``-inf`` where no unit with a weight knows a class.
+        """
+        out = torch.full((len(inputs), self.tools.n_classes), float("-inf"))
+        keys = [self.unit_for(t) for t in range(weights.shape[1])]
+        rows_of = torch.tensor([-1 if k is None else self.units[k].row for k in keys])
+
+        def route(rows: np.ndarray) -> Route | None:
+            given = weights[torch.from_numpy(rows)] * (rows_of >= 0)
+            if not bool(given.any()):
+                return None
+            k = int((given > 0).sum(1).max())
+            top = given.topk(k, dim=1)
+            return Route(
+                rows_of[top.indices].clamp_min(0).to(self._device), top.values.to(self._device)
+            )
+
+        for rows, pooled in self._evaluated(inputs, route, title):
+            mine = weights[torch.from_numpy(rows)]
+            answer = torch.full((len(rows), self.tools.n_classes), float("-inf"))
+            for task, key in enumerate(keys):
+                asked = torch.nonzero(mine[:, task] > 0).flatten()
+                if key is None or not len(asked):
+                    continue
+                head = self.units[key].head
+                own = head(pooled[asked.to(pooled.device)]).float().log_softmax(1).cpu()
+                index = (asked[:, None], torch.tensor(head.classes)[None])
+                answer[index] = torch.maximum(answer[index], own + mine[asked, task].log()[:, None])
+            out[torch.from_numpy(rows)] = answer
+        return out
+
+    def _evaluated(
+        self,
+        inputs: Sequence[Any],
+        route: Callable[[np.ndarray], Route | None],
+        title: str,
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Pooled features of all inputs in batches of similar length, with their positions."""
         encoded = self.tools.features.encoded(inputs)
         batches = list(by_length(encoded.lengths, self.tools.trainer.eval_batch_size))
         with self.tools.console.bar(title, total=len(batches)) as bar:
             for rows in batches:
-                keys = units[rows]
-                chosen = torch.tensor([self.units[k].row for k in keys], device=self._device)
-                with self.tools.bank.use(Route.each(chosen)):
+                active = route(rows)
+                with nullcontext() if active is None else self.tools.bank.use(active):
                     pooled = self.tools.backbone(self.tools.backbone.collate(encoded.take(rows)))
-                out[torch.from_numpy(rows)] = self._answer(pooled, keys)
+                yield rows, pooled
                 bar.advance()
         self.passes += len(inputs)
-        return out
+
+    def _route(self, keys: np.ndarray) -> Route:
+        """Bank rows of a batch's units."""
+        units = [self.units[int(k)] for k in keys]
+        if not any(unit.others for unit in units):
+            return Route.each(torch.tensor([unit.row for unit in units], device=self._device))
+        pairs = [((unit.row, 1.0), *unit.others) for unit in units]
+        width = max(len(p) for p in pairs)
+        filled = [[*p, *[(p[0][0], 0.0)] * (width - len(p))] for p in pairs]
+        rows = torch.tensor([[r for r, _ in p] for p in filled], device=self._device)
+        weights = torch.tensor([[w for _, w in p] for p in filled], device=self._device)
+        return Route(rows, weights)
 
     def _answer(self, pooled: Tensor, keys: np.ndarray) -> Tensor:
         out = torch.full((len(pooled), self.tools.n_classes), float("-inf"))
@@ -145,20 +270,33 @@ class Learner(ABC):
             out[mine[:, None], torch.tensor(head.classes)[None]] = answer
         return out
 
-    def _fit(self, task: Task, module: Module, head: Head, train: Split, validation: Split) -> None:
-        """Train a module and a head on ``train`` by cross-entropy over the head's classes.
+    # ------------------------------------------------------------------ training
 
-        Leaf tensors are trained in place; :attr:`report` says how it went.
+    def _fit(
+        self,
+        task: Task,
+        module: Module,
+        head: Head,
+        train: Split,
+        validation: Split,
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Train a module and a head on ``train`` by :meth:`_loss`.
+
+        Leaf tensors are trained in place; :attr:`report` says how it went. Tensors of the module
+        that ask for no gradient stay as they are.
+
+        Args:
+            task: The task.
+            module: Leaf tensors by site.
+            head: A head that knows all labels.
+            train: Examples.
+            validation: Held-out examples; may be empty.
+            extra: Further leaf tensors to train, at the module's learning rate.
         """
         tools = self.tools
-        lengths = tools.features.encoded(train.inputs).lengths
         labels = head.local(torch.from_numpy(train.labels)).to(self._device)
-
-        def loss(rows: np.ndarray) -> Tensor:
-            with tools.bank.training(module):
-                pooled = self._pooled(train.inputs, rows)
-            target = labels[torch.from_numpy(rows).to(self._device)]
-            return torch.nn.functional.cross_entropy(head(pooled), target)
+        fit = Fit(task, module, head, train, labels, extra or {})
 
         @torch.no_grad()
         def accuracy() -> float:
@@ -166,28 +304,44 @@ class Learner(ABC):
             right = 0
             encoded = tools.features.encoded(validation.inputs)
             for rows in by_length(encoded.lengths, tools.trainer.eval_batch_size):
-                with tools.bank.use(module):
-                    pooled = self._pooled(validation.inputs, rows)
-                right += int((head(pooled).argmax(1).cpu() == target[torch.from_numpy(rows)]).sum())
+                pooled = self._feature(fit, validation.inputs, rows, training=False)
+                answer = self._logits(fit, pooled).argmax(1).cpu()
+                right += int((answer == target[torch.from_numpy(rows)]).sum())
             return right / len(validation)
 
         def on_step(step: int, values: dict[str, float]) -> None:
             named = {f"train/{name}": value for name, value in values.items()}
             tools.tracker.log_training(task.index + 1, self.steps + step, named)
 
+        own = [t for params in module.values() for t in params.values() if t.requires_grad]
         job = Job(
             task=task.index,
             title=f"task {task.index + 1}/{tools.n_tasks}",
-            module=[t for params in module.values() for t in params.values()],
-            head=head.parameters,
-            lengths=lengths,
-            loss=loss,
+            module=[*own, *fit.extra.values()],
+            head=[t for t in head.parameters if t.requires_grad],
+            lengths=tools.features.encoded(train.inputs).lengths,
+            loss=lambda rows: self._loss(fit, rows),
             seed=(tools.seeds.data, tools.seeds.init),
             validate=accuracy if len(validation) else None,
             on_step=on_step,
         )
         self.report = tools.trainer.fit(job, tools.optimizer, self._device, tools.console)
         self.steps += self.report.steps
+
+    def _loss(self, fit: Fit, rows: np.ndarray) -> Tensor:
+        """Loss of the training examples at ``rows``: cross-entropy over the head's classes."""
+        pooled = self._feature(fit, fit.train.inputs, rows, training=True)
+        return torch.nn.functional.cross_entropy(self._logits(fit, pooled), fit.targets(rows))
+
+    def _feature(self, fit: Fit, inputs: Sequence[Any], rows: np.ndarray, training: bool) -> Tensor:
+        """Pooled features ``(B, H)`` of ``inputs[rows]`` through the module in training."""
+        bank = self.tools.bank
+        with bank.training(fit.module) if training else bank.use(fit.module):
+            return self._pooled(inputs, rows)
+
+    def _logits(self, fit: Fit, pooled: Tensor) -> Tensor:
+        """``(B, C)`` over the head's classes."""
+        return fit.head(pooled)
 
     def _pooled(self, inputs: Sequence[Any], rows: np.ndarray) -> Tensor:
         """Pooled features of ``inputs[rows]`` under the scope that is open."""
@@ -200,9 +354,16 @@ class Learner(ABC):
         module = self.tools.bank.fresh(random)
         return module, Head.fresh(task.classes, self.tools.backbone.width, random, self._device)
 
-    def _unit(self, row: int, head: Head) -> Unit:
-        module = flatten(self.tools.bank.get(row)) if row >= 0 else {}
-        return Unit(row, head.frozen(), tensor_fingerprint({**module, **head.tensors()}))
+    def _unit(self, row: int, head: Head, others: Sequence[tuple[int, float]] = ()) -> Unit:
+        parts = (
+            {f"0/{n}": t for n, t in flatten(self.tools.bank.get(row)).items()} if row >= 0 else {}
+        )
+        for i, (other, weight) in enumerate(others):
+            module = flatten(self.tools.bank.get(other))
+            parts.update({f"{i + 1}/{n}": t for n, t in module.items()})
+            parts[f"{i + 1}/weight"] = torch.tensor(weight)
+        name = tensor_fingerprint({**parts, **head.tensors()})
+        return Unit(row, head.frozen(), name, tuple(others))
 
     def _load(self, tensors: dict[str, Tensor], task: int) -> tuple[Module, Head]:
         """Module and head out of a stored unit; refuses tensors that do not fit."""
@@ -219,3 +380,21 @@ class Learner(ABC):
     @property
     def _device(self) -> torch.device:
         return self.tools.backbone.device
+
+
+def among_task(fit: Fit, logits: Tensor) -> Tensor:
+    """Logits ``(B, C)`` with ``-inf`` for classes that the task does not have.
+
+    Cross-entropy on them compares the task's classes alone, so a head's rows for other classes get
+    no gradient.
+    """
+    other = torch.tensor([c not in fit.task.classes for c in fit.head.classes])
+    return logits.masked_fill(other.to(logits.device), float("-inf"))
+
+
+def trainable(module: Module) -> Module:
+    """A copy of a module whose tensors are leaves that ask for gradients."""
+    return {
+        s: {n: t.detach().clone().requires_grad_(True) for n, t in params.items()}
+        for s, params in module.items()
+    }

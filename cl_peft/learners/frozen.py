@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cl_peft.learners.base import Learner
+from cl_peft.modules.bank import Route
 from cl_peft.streams.base import Task
 
 
@@ -18,6 +18,7 @@ class Frozen(Learner):
 
     uses_module: ClassVar[bool] = False
     needs_features: ClassVar[bool] = True
+    history: ClassVar[Literal["task", "stream"]] = "task"
 
     def learn(self, task: Task) -> None:
         """Train a head on cached features."""
@@ -25,17 +26,16 @@ class Frozen(Learner):
         self._fit(task, module, head, task.train, task.validation)
         self.units[task.index] = self._unit(-1, head)
 
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
-        """Put all heads back."""
-        for task in seen:
-            _, head = self._load(snapshots[task.index], task.index)
-            self.units[task.index] = self._unit(-1, head)
+    def recall(self, task: Task, tensors: dict[str, Tensor]) -> None:
+        """Put the head back."""
+        _, head = self._load(tensors, task.index)
+        self.units[task.index] = self._unit(-1, head)
 
-    @torch.no_grad()
-    def logits(self, inputs: Sequence[Any], units: np.ndarray, title: str = "") -> Tensor:
-        """Heads on cached features; no backbone pass."""
-        features = self.tools.features.features(inputs).to(self._device)
-        return self._answer(features, units)
+    def _evaluated(
+        self, inputs: Sequence[Any], route: Callable[[np.ndarray], Route | None], title: str
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Cached features; no backbone pass."""
+        yield np.arange(len(inputs)), self.tools.features.features(inputs).to(self._device)
 
     def _pooled(self, inputs: Sequence[Any], rows: np.ndarray) -> Tensor:
         return self.tools.features.features([inputs[r] for r in rows]).to(self._device)

@@ -6,7 +6,7 @@ ever changes; what is lost in class-incremental use, routing loses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,14 +17,15 @@ from cl_peft.streams.base import Task
 class Isolated(Learner):
     """One module per task."""
 
+    history: ClassVar[Literal["task", "stream"]] = "task"
+
     def learn(self, task: Task) -> None:
         """Grow, train and freeze a module."""
         module, head = self._fresh(task)
         self._fit(task, module, head, task.train, task.validation)
         self.units[task.index] = self._unit(self.tools.bank.add(module), head)
 
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
-        """Put all modules back into the bank, in order."""
-        for task in seen:
-            module, head = self._load(snapshots[task.index], task.index)
-            self.units[task.index] = self._unit(self.tools.bank.add(module), head)
+    def recall(self, task: Task, tensors: dict[str, Tensor]) -> None:
+        """Put the module back into the bank."""
+        module, head = self._load(tensors, task.index)
+        self.units[task.index] = self._unit(self.tools.bank.add(module), head)

@@ -5,8 +5,7 @@ It keeps every example, which no continual learner may; it exists to be compared
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
@@ -26,6 +25,8 @@ class Joint(SharedModule):
             and the other rows stay empty.
     """
 
+    keeps_examples: ClassVar[bool] = True
+
     def __init__(self, when: Literal["every_task", "last"] = "every_task") -> None:
         self.when = when
         self._seen: list[Task] = []
@@ -44,10 +45,11 @@ class Joint(SharedModule):
         self._fit(task, module, head, train, _union([t.validation for t in self._seen]))
         self._keep(task.index, module, head)
 
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
-        """Remember all tasks; put the last module back if there was one."""
-        self._seen = list(seen)
-        super().restore(snapshots, seen)
+    def recall(self, task: Task, tensors: dict[str, Tensor]) -> None:
+        """Remember the task; put the module back if there is one."""
+        self._seen.append(task)
+        self.units = {}
+        super().recall(task, tensors)
 
 
 def _union(splits: list[Split]) -> Split:

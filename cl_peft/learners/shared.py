@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -23,11 +22,10 @@ class SharedModule(Learner):
         """The one unit there is, if there is one."""
         return self._newest if self.units else None
 
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
-        """Put the last module back, if there was one."""
-        last = seen[-1].index
-        if last in snapshots:
-            self._keep(last, *self._load(snapshots[last], last))
+    def recall(self, task: Task, tensors: dict[str, Tensor]) -> None:
+        """Put the module back, if it was kept."""
+        if tensors:
+            self._keep(task.index, *self._load(tensors, task.index))
 
     def _keep(self, task: int, module: Module, head: Head) -> None:
         """Make this the one unit, in row 0 of the bank."""

@@ -9,7 +9,7 @@ Nothing is active outside a scope: ``with bank.use(route): backbone(batch)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,10 @@ class Active:
 
     params: Params
     weights: Tensor | None = None
+
+
+#: What a learner hands to sites, by site name.
+Given = dict[str, Active]
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Bank:
         self.device = device
         self.count = 0
         self._stacks: dict[str, Params] = {}
-        self._scope: Route | Module | None = None
+        self._scope: Route | Module | Given | None = None
         self._handles: list[Handle] = method.install(self, model)
 
     def close(self) -> None:
@@ -192,6 +196,55 @@ class Bank:
             self.method.training_mode(False)
 
     @contextmanager
+    def give(self, given: Given, training: bool = False) -> Iterator[None]:
+        """Inside this scope, sites see exactly what is given: for learners that compose modules.
+
+        Gradients flow into what is given. Sites that are not named are left alone.
+
+        Args:
+            given: What is active, by site name.
+            training: Also switch on what only happens in training (dropout).
+        """
+        outer, self._scope = self._scope, given
+        self.method.training_mode(training)
+        try:
+            yield
+        finally:
+            self._scope = outer
+            self.method.training_mode(False)
+
+    def compose(
+        self, rows: Sequence[int], weights: Tensor, new: Module | None = None, batch: int = 1
+    ) -> Given:
+        """Several modules with the same weights for every sample of a batch, as one.
+
+        Args:
+            rows: Finished modules.
+            weights: ``(k,)`` weight of each, of ``new`` last; may ask for gradients.
+            new: A module in training that joins them.
+            batch: Number of samples.
+        """
+        given: Given = {}
+        for site in self.sites:
+            stack = self._stacks.get(site.name, {})
+            index = torch.tensor(list(rows), dtype=torch.long, device=self.device)
+            params = {n.lstrip("~"): t[index] for n, t in stack.items()} if len(rows) else {}
+            if new is not None:
+                own = self.method.fold(site, new[site.name])
+                own = {**own, **self.method.derive(site, own)}
+                params = {
+                    n: torch.cat([params[n], t[None]]) if n in params else t[None]
+                    for n, t in own.items()
+                }
+            joined = self.method.join(site, params, weights)
+            if joined is not None:
+                given[site.name] = Active(joined)
+            else:
+                wide = {n: t.expand(batch, *t.shape) for n, t in params.items()}
+                given[site.name] = Active(wide, weights.expand(batch, -1))
+        return given
+
+    @contextmanager
     def merged(self, row: int) -> Iterator[None]:
         """Inside this scope the backbone's own weights are ``W + delta`` of one module.
 
@@ -230,7 +283,8 @@ class Bank:
         if scope is None:
             return None
         if isinstance(scope, dict):
-            return Active(scope[site.name])
+            found = scope.get(site.name)
+            return found if isinstance(found, Active) or found is None else Active(found)
         stack = self._stacks[site.name]
         if scope.single is not None:
             return Active({n.lstrip("~"): t[scope.single] for n, t in stack.items()})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,9 @@ class Method(ABC):
     elsewhere (prompts, prefixes) overrides :meth:`install` and asks the bank for what is active.
     """
 
+    #: Whether any weights make sense in a route, not 0 and 1 alone.
+    weightable: ClassVar[bool] = True
+
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
         """Places where this method acts.
@@ -135,6 +138,21 @@ class Method(ABC):
     def fold(self, site: Site, p: Params) -> Params:
         """What a module keeps when its task ends; a reparameterisation disappears here."""
         return p
+
+    def join(self, site: Site, p: Params, weights: Tensor) -> Params | None:
+        """Several modules that every sample uses with the same weights, as one of them.
+
+        An equal but faster way than :meth:`mixed`, where the formula has one.
+
+        Args:
+            site: Where.
+            p: Parameters ``(k, ...)`` of k modules.
+            weights: ``(k,)``.
+
+        Returns:
+            Parameters for :meth:`one`; None where there is no such way.
+        """
+        return None
 
     def delta(self, site: Site, p: Params) -> tuple[Tensor, Tensor | None]:
         """Change of a linear layer's weight ``(out, in)`` and bias that equals the module.

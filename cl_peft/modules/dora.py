@@ -60,6 +60,10 @@ class DoRA(LoRA):
         out = super().mixed(site, x, y, scaled, weights)
         return out + (w.unsqueeze(-1) * (ratio - 1)).sum(1, keepdim=True) * base
 
+    def join(self, site: Site, p: Params, weights: Tensor) -> Params | None:
+        """None: the magnitudes of several modules do not make one."""
+        return None
+
     def derive(self, site: Site, p: Params) -> Params:
         """``m / n``, which no longer changes once the module is finished."""
         return {"ratio": p["m"] / self._norm(site, p)}

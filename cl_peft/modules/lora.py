@@ -100,6 +100,11 @@ class LoRA(Method):
             u = torch.bmm(self._drop(x), a.transpose(1, 2))
         return torch.baddbmm(y, u * w.unsqueeze(1), b.transpose(1, 2))
 
+    def join(self, site: Site, p: Params, weights: Tensor) -> Params | None:
+        """All ranks side by side: ``A`` stacked, the weighted ``B`` beside each other."""
+        b = p["B"] * weights.to(p["B"].dtype)[:, None, None]  # (k, out, r)
+        return {"A": p["A"].flatten(0, 1), "B": b.transpose(0, 1).flatten(1, 2)}
+
     def delta(self, site: Site, p: Params) -> tuple[Tensor, Tensor | None]:
         """``s B A``, transposed for an embedding table ``(vocabulary, out)``."""
         change = self.scale(site) * p["B"] @ p["A"]

@@ -11,7 +11,7 @@ Positions are Hugging Face peft's: the own tokens of a sample with ``P`` virtual
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class VirtualTokens(Method):
     """
 
     count: int
+    weightable: ClassVar[bool] = False
 
     def tokens(self, site: Site, p: Params) -> Tensor:
         """The virtual tokens ``(P, ...)`` that parameters stand for."""

@@ -14,6 +14,9 @@ class NoRouter(Router):
 
     needs_features: ClassVar[bool] = False
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def fit(self, features: Tensor, labels: Tensor, task: int) -> None:
         """Nothing to learn."""
 

@@ -16,6 +16,9 @@ class Oracle(Router):
     sees_task: ClassVar[bool] = True
     needs_features: ClassVar[bool] = False
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def fit(self, features: Tensor, labels: Tensor, task: int) -> None:
         """Nothing to learn."""
 

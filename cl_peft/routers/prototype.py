@@ -1,11 +1,17 @@
-r"""Nearest class mean by cosine (NCM; SimpleCIL: Zhou et al. 2023, arXiv:2303.07338, equation 3).
+r"""Nearest class mean (NCM; SimpleCIL: Zhou et al. 2023, arXiv:2303.07338, equation 3).
 
-.. math:: s_c(f) = \cos(f, \mu_c), \qquad \mu_c = \frac{1}{n_c} \sum_{i: y_i = c} f_i
+.. math::
+    s_c(f) = \cos(f, \mu_c) \quad\text{or}\quad s_c(f) = -\|f - \mu_c\|^2, \qquad
+    \mu_c = \frac{1}{n_c} \sum_{i: y_i = c} f_i
 
-A task's score is its best class's. State: one mean per class.
+Cosine is SimpleCIL's; the squared Euclidean distance is that of iCaRL's mean-of-exemplars rule
+(Rebuffi et al. 2017, arXiv:1611.07725). A task's score is its best class's. State: one
+mean per class, ``(K, H)``.
 """
 
 from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +21,22 @@ from cl_peft.store import require
 
 
 class Prototype(Router):
-    """Cosine similarity to class means."""
+    """Similarity to class means.
+
+    Args:
+        metric: ``cosine`` similarity, or minus the squared ``euclidean`` distance.
+        common: See :class:`~cl_peft.routers.base.Router`.
+    """
+
+    knows_classes: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        metric: Literal["cosine", "euclidean"] = "cosine",
+        **common: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(**common)
+        self.metric = metric
 
     def start(self, width: int, seed: int) -> None:
         """Nothing is known yet."""
@@ -30,9 +51,15 @@ class Prototype(Router):
 
     def choose(self, features: Tensor, tasks: Tensor | None = None) -> Choice:
         """Task of the most similar mean."""
-        unit = torch.nn.functional.normalize(features, dim=1)
-        scores = unit @ torch.nn.functional.normalize(self.means, dim=1).T
-        return Choice.best(self.columns.task_scores(scores))
+        if self.metric == "cosine":
+            unit = torch.nn.functional.normalize(features, dim=1)
+            scores = unit @ torch.nn.functional.normalize(self.means, dim=1).T
+        else:  # from differences: the expanded square would round where means are far from zero
+            distances = torch.cdist(
+                features, self.means, compute_mode="donot_use_mm_for_euclid_dist"
+            )
+            scores = -distances.square()
+        return Choice.best_class(scores, self.columns)
 
     def state(self) -> dict[str, Tensor]:
         """Means and the class of each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,12 +36,20 @@ class Examples:
 
 @dataclass(frozen=True)
 class RawData:
-    """All that a source knows: its splits and the names of its classes (no tasks yet)."""
+    """All that a source knows: its splits and the names of its classes (no tasks yet).
+
+    Attributes:
+        groups: Classes that belong together, by name, where the source says so: each group becomes
+            one task. Disjoint, and every class is in one.
+        orders: Published orders of the groups, by number.
+    """
 
     train: Examples
     test: Examples
     class_names: tuple[str, ...]
     validation: Examples | None = None
+    groups: Mapping[str, tuple[int, ...]] | None = None
+    orders: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
 
 class Source(ABC):
@@ -52,9 +60,11 @@ class Source(ABC):
 
     Attributes:
         modality: What the inputs are; must equal the backbone's.
+        groups: Whether it says which classes form a task (:attr:`RawData.groups`).
     """
 
     modality: ClassVar[Literal["text", "image"]] = "text"
+    groups: ClassVar[bool] = False
 
     @abstractmethod
     def load(self, cache: Path, progress: Progress | None = None) -> RawData:
@@ -88,11 +98,14 @@ class Task:
 
     Attributes:
         index: 0-based position in the stream. Files and tables show ``index + 1``.
-        name: ``"task 1"``, or the domain's name.
-        classes: Global class ids the task can answer, ascending.
+        name: ``"task 1"``, or the name of the domain or data set.
+        classes: Global class ids the task can answer, ascending: every label of its training
+            examples.
         train: Training examples.
         validation: Held-out part of the training examples; may be empty.
-        test: Test examples of these classes (or of this domain).
+        test: Test examples of the classes it owns (and of this domain).
+        borrowed: Those of ``classes`` that it only trains, since a neighbouring task owns and
+            tests them; none but in a blurry stream.
     """
 
     index: int
@@ -101,6 +114,12 @@ class Task:
     train: Split
     validation: Split
     test: Split
+    borrowed: tuple[int, ...] = ()
+
+    @property
+    def owned(self) -> tuple[int, ...]:
+        """Classes of its test examples, ascending."""
+        return tuple(c for c in self.classes if c not in self.borrowed)
 
 
 @dataclass(frozen=True)
@@ -121,11 +140,26 @@ class Stream:
         return self.tasks[: task.index + 1]
 
     @property
+    def owners(self) -> np.ndarray:
+        """``(classes,)`` index of the task that owns each class.
+
+        -1 where several do (all of a domain-incremental stream, repeated tasks), or none does.
+        """
+        owners = np.full(len(self.class_names), -1)
+        counts = np.zeros(len(self.class_names), dtype=np.int64)
+        for task in self.tasks:
+            owners[list(task.owned)] = task.index
+            counts[list(task.owned)] += 1
+        return np.where(counts == 1, owners, -1)
+
+    @property
     def fingerprint(self) -> str:
         """Sha256 over every input and label in order: equal streams, equal fingerprint."""
         digest = hashlib.sha256(repr((self.scenario, self.class_names)).encode())
         for task in self.tasks:
             digest.update(repr((task.name, task.classes)).encode())
+            if task.borrowed:
+                digest.update(repr(task.borrowed).encode())
             for split in (task.train, task.validation, task.test):
                 digest.update(split.rows.tobytes() + split.labels.tobytes())
                 for item in split.inputs:

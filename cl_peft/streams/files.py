@@ -19,6 +19,7 @@ class Files(Source):
         train: File of training examples.
         test: File of test examples.
         validation: File of validation examples; without it the stream cuts some from train.
+        path: Folder that the files' names start from.
         text: Column of the texts; of several candidates, the first that exists is used.
         label: Column of the labels, likewise.
         domain: Column of domain names, needed by the domain-incremental scenario only.
@@ -38,6 +39,7 @@ class Files(Source):
         train: str,
         test: str,
         validation: str | None = None,
+        path: str | None = None,
         text: str | list[str] = "text",
         label: str | list[str] = "label",
         domain: str | None = None,
@@ -55,6 +57,7 @@ class Files(Source):
         self.paths = {"train": train, "test": test}
         if validation is not None:
             self.paths["validation"] = validation
+        self.folder = Path(path or "").expanduser()
         self.text = text
         self.label = label
         self.domain = domain
@@ -68,7 +71,7 @@ class Files(Source):
         """Read the files; see :meth:`Source.load`. ``cache`` is not used."""
         tables = {}
         for split, name in self.paths.items():
-            path = Path(name).expanduser()
+            path = self.folder / Path(name).expanduser()
             quoted = (
                 self.header or path.suffix.lower() == ".csv" if self.quoted is None else self.quoted
             )

@@ -104,6 +104,7 @@ def to_raw_data(
     *,
     text: str | list[str],
     label: str | list[str],
+    more_text: list[str] | None = None,
     domain: str | None = None,
     drop_labels: list[str] | None = None,
     drop_empty: bool = False,
@@ -118,6 +119,7 @@ def to_raw_data(
             messages, and the table.
         text: Column of the texts, or candidates of which the first that exists is used.
         label: Column of the labels, likewise.
+        more_text: Columns whose texts are appended after a space, where they are not empty.
         domain: Column of domain names, if any.
         drop_labels: Labels whose rows are left out.
         drop_empty: Leave out rows without text or label, instead of refusing them. Rows that are
@@ -131,6 +133,11 @@ def to_raw_data(
     found: dict[str, _Rows] = {}
     for split, (where, table) in tables.items():
         chosen = [_column(table, text, "text", where), _column(table, label, "label", where)]
+        if more_text:
+            further = [_column(table, name, "more_text", where) for name in more_text]
+            table = table.copy()
+            joined = _appended(table, [chosen[0], *further])
+            table[chosen[0]] = pd.Series(joined, index=table.index, dtype=object)
         if domain is not None:
             chosen.append(_column(table, domain, "domain", where))
         found[split] = _clean(table, chosen, dropped, drop_empty, where)
@@ -220,6 +227,16 @@ def _clean(
     if not kept.texts:
         raise DataError(f"{where} holds no rows{' that are kept' if len(table) else ''}.")
     return kept
+
+
+def _appended(table: pd.DataFrame, columns: list[str]) -> list[object]:
+    """Texts of several columns in one; other values are left for :func:`_clean` to refuse."""
+    result: list[object] = []
+    for row in zip(*(table[name].tolist() for name in columns), strict=True):
+        there = [value for value in row if not _is_empty(value)]
+        strange = [value for value in there if not isinstance(value, str)]
+        result.append(strange[0] if strange else " ".join(map(str, there)))
+    return result
 
 
 def _column(table: pd.DataFrame, wanted: str | list[str], role: str, where: str) -> str:

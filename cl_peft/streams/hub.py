@@ -33,6 +33,8 @@ class Hub(Source):
         validation_split: Name of the validation split, used if it is there; without it the stream
             cuts validation examples from train.
         text: Column of the texts; of several candidates, the first that exists is used.
+        more_text: Columns whose texts are appended, in this order, where they are not empty; for
+            pairs of sentences, or a title and a body.
         label: Column of the labels, likewise. Class labels become their names.
         domain: Column of domain names, needed by the domain-incremental scenario only.
         drop_labels: Labels whose rows are left out.
@@ -48,6 +50,7 @@ class Hub(Source):
         test_split: str = "test",
         validation_split: str | None = "validation",
         text: str | list[str] = "text",
+        more_text: list[str] | None = None,
         label: str | list[str] = "label",
         domain: str | None = None,
         drop_labels: list[str] | None = None,
@@ -59,6 +62,7 @@ class Hub(Source):
         self.splits = {"train": train_split, "test": test_split}
         self.validation_split = validation_split
         self.text = text
+        self.more_text = more_text
         self.label = label
         self.domain = domain
         self.drop_labels = drop_labels
@@ -82,6 +86,7 @@ class Hub(Source):
         return to_raw_data(
             tables,
             text=self.text,
+            more_text=self.more_text,
             label=self.label,
             domain=self.domain,
             drop_labels=self.drop_labels,

@@ -24,6 +24,8 @@ PER_MATRIX = {
     "backward_transfer": metrics.backward_transfer,
     "learning_accuracy": metrics.learning_accuracy,
 }
+#: Learners that train one module on and on, so that nothing else is stored.
+SINGLE_MODULE = ("sequential", "joint")
 
 
 @pytest.fixture
@@ -39,6 +41,20 @@ def sweep(tmp_path):
     for learner in ("isolated", "sequential"):
         for seed in range(3):
             _write_run(root / "spine" / f"{learner}-{seed}", learner=learner, seed=seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def grid(tmp_path_factory):
+    """Two learners, two routers, two ranks, five seeds: forty runs in one group; only to read."""
+    root = tmp_path_factory.mktemp("grid") / "runs"
+    for learner in ("isolated", "sequential"):
+        for router in ("ridge", "prototype"):
+            for rank in (4, 16):
+                for seed in range(5):
+                    name = f"{learner}-{router}-{rank}-{seed}"
+                    options = {"learner": learner, "router": router, "rank": rank}
+                    _write_run(root / "grid" / name, seed=seed, **options)
     return root
 
 
@@ -59,19 +75,19 @@ def _write_run(
     Args:
         folder: The run folder; its name is the run's name, its parent's the group.
         learner: "isolated" never forgets under the oracle; any other name does.
-        router: Any name.
+        router: Any name; "prototype" errs twice as often as any other.
         seed: Decides all answers, and is written as all three seeds.
         tasks: T.
         done: Tasks committed; None is all.
         state: Goes into status.json; only "finished" has the final files.
-        rank: module.rank in the configuration.
+        rank: module.rank in the configuration; below 8 some more answers are wrong.
         only_last: Evaluate after the last task only, as the joint learner may.
     """
     done = tasks if done is None else done
-    predictions = _answers(learner, seed, tasks, done)
+    predictions = _answers(learner, router, rank, seed, tasks, done)
     if only_last:
         predictions = predictions[predictions["after_task"] == tasks]
-    results = _results(folder.name, predictions, done)
+    results = _results(folder.name, predictions, done, learner, rank)
     folder.mkdir(parents=True)
     config = {
         "group": folder.parent.name,
@@ -129,18 +145,21 @@ def _write_run(
     return folder
 
 
-def _answers(learner, seed, tasks, done):
+def _answers(learner, router, rank, seed, tasks, done):
     """Per-sample predictions: the oracle's answers stay the same where nothing is forgotten."""
     rng = np.random.default_rng(seed)
+    base = 0.05 if rank >= 8 else 0.09
+    error = {"prototype": 0.06, "none": 0.0}.get(router, 0.03)
     frames = []
     quality = rng.uniform(size=(tasks, 40))
     for t in range(1, done + 1):
         for i in range(1, t + 1):
-            hard = 0.05 if learner == "isolated" else min(0.05 + 0.22 * (t - i), 0.7)
+            hard = base if learner in ("isolated", "joint") else min(base + 0.22 * (t - i), 0.7)
             label = 2 * i - 2 + np.arange(40) % 2
             oracle = np.where(quality[i - 1] >= hard, label, label ^ 1)
-            moved = rng.uniform(size=40) < min(0.03 * (t - 1), 0.3)
+            moved = rng.uniform(size=40) < min(error * (t - 1), 0.3)
             other = rng.integers(1, t, size=40) if t > 1 else np.full(40, i)
+            sure = rng.uniform(size=40)
             routed_task = np.where(moved, np.where(other >= i, other + 1, other), i)
             routed = np.where(routed_task == i, oracle, 2 * routed_task - 2)
             frames.append(
@@ -153,7 +172,8 @@ def _answers(learner, seed, tasks, done):
                         "oracle_prediction": oracle.astype(np.int32),
                         "routed_prediction": routed.astype(np.int32),
                         "routed_task": routed_task.astype(np.int16),
-                        "margin": rng.uniform(size=40).astype(np.float32),
+                        # a router is less sure where it errs, but not always
+                        "margin": np.where(moved, 0.5 * sure, sure).astype(np.float32),
                         "confidence": rng.uniform(0.5, 1, size=40).astype(np.float32),
                     }
                 )
@@ -161,7 +181,7 @@ def _answers(learner, seed, tasks, done):
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"after_task": []})
 
 
-def _results(run, predictions, done):
+def _results(run, predictions, done, learner, rank):
     matrices = {name: np.full((done, done), np.nan) for name in ("oracle", "routed")}
     rows = []
     for t in range(1, done + 1):
@@ -198,11 +218,11 @@ def _results(run, predictions, done):
             "misroute_luck": pooled.misroute_luck,
             "forgetting_module_drift": split.module_drift,
             "forgetting_routing_drift": split.routing_drift,
-            "module_parameters": 73728.0,
+            "module_parameters": 9216.0 * rank,
             "head_parameters": 770.0,
-            "module_bytes": 294912.0,
+            "module_bytes": 4 * 9216.0 * rank,
             "router_state_bytes": 4096.0,
-            "bank_modules": float(t),
+            "bank_modules": 1.0 if learner in SINGLE_MODULE else float(t),
         }
         rows += [(t, None, "none", name, value) for name, value in overall.items()]
     frame = pd.DataFrame(rows, columns=["after_task", "eval_task", "routing", "metric", "value"])

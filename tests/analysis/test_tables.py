@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 import analysis
+from analysis.tables import configuration_labels
 from cl_peft import metrics
 from cl_peft.errors import DataError
 
@@ -157,6 +158,92 @@ def test_no_task_is_not_a_misroute(sweep):
     nowhere = predictions.assign(routed_task=0)
     assert analysis.misrouted(nowhere).empty
     assert analysis.routing_confusion(nowhere)["none"].tolist() == [40] * 4
+
+
+def test_forgetting_per_task_averages_to_the_split(frame):
+    for _, one in frame.groupby("run"):
+        table = analysis.forgetting_per_task(one)
+        assert list(table.index) == [1, 2, 3]
+        split = analysis.forgetting_split(one).loc[4]
+        for column in table.columns:
+            assert table[column].mean() == pytest.approx(split[column], abs=1e-12)
+        oracle = analysis.accuracy_matrix(one, "oracle")
+        routed = analysis.accuracy_matrix(one, "routed")
+        best = routed.loc[2:3, 2].idxmax()
+        assert table.loc[2, "module_drift"] == pytest.approx(oracle.loc[best, 2] - oracle.loc[4, 2])
+        assert table.loc[2, "forgetting"] == pytest.approx(
+            routed.loc[2:3, 2].max() - routed.loc[4, 2]
+        )
+
+
+def test_costs(tmp_path, write_run):
+    write_run(tmp_path / "g" / "many", rank=4)
+    write_run(tmp_path / "g" / "one", rank=4, learner="sequential")
+    write_run(tmp_path / "g" / "young", rank=4, done=1, state="running", seed=1)
+    table = analysis.costs(analysis.load_runs(tmp_path)).set_index("run")
+    unit = 4 * 9216 + 770
+    assert table["trainable_parameters"].tolist() == [unit] * 3
+    assert table["stored_parameters"].to_dict() == {"many": 4 * unit, "one": unit, "young": unit}
+    assert set(table["router_parameters"]) == {1024}
+
+
+def test_labels_name_what_varies():
+    rows = pd.DataFrame(
+        {
+            "learner": ["isolated"] * 3,
+            "router": ["ridge", "ridge", "oracle"],
+            "module.alpha": [8.0, np.nan, 16.5],
+            "router.alpha": [1.0, 2.0, 2.0],
+            "module.rank": [4, 4, 8],
+        }
+    )
+    keys = list(rows.columns)
+    assert configuration_labels(rows, keys).tolist() == [
+        "ridge, module.alpha 8, router.alpha 1, rank 4",
+        "ridge, router.alpha 2, rank 4",
+        "oracle, module.alpha 16.5, router.alpha 2, rank 8",
+    ]
+    assert configuration_labels(rows.head(1), keys).tolist() == [""]
+
+
+def test_abstention_curve_counts_what_is_left(sweep):
+    predictions = analysis.load_predictions(sweep / "spine" / "sequential-1", after_task=-1)
+    curve = analysis.abstention_curve(predictions)
+    assert curve["coverage"].iloc[-1] == 1.0
+    assert (
+        curve["accuracy"].iloc[-1]
+        == (predictions["routed_prediction"] == predictions["label"]).mean()
+    )
+    for row in (0, 20, 100):
+        kept = predictions[predictions["margin"] >= curve["threshold"][row]]
+        assert curve["answered"][row] == len(kept)
+        assert curve["accuracy"][row] == pytest.approx(
+            (kept["routed_prediction"] == kept["label"]).mean()
+        )
+        assert curve["router_accuracy"][row] == pytest.approx(
+            (kept["routed_task"] == kept["eval_task"]).mean()
+        )
+    tied = analysis.abstention_curve(predictions.assign(margin=1.0))
+    assert tied["answered"].tolist() == [160]  # equal margins are answered together
+    with pytest.raises(DataError, match="no 'margin' for every sample"):
+        analysis.abstention_curve(predictions.assign(margin=np.nan))
+
+
+def test_task_similarity():
+    means = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 4.0], [1.0, 1.0, 1.0]])
+    cosine = analysis.task_similarity(means)
+    centred = means - means.mean(axis=0)
+    for i in range(3):
+        for j in range(3):
+            expected = (
+                centred[i] @ centred[j] / np.sqrt((centred[i] ** 2).sum() * (centred[j] ** 2).sum())
+            )
+            assert cosine.loc[i + 1, j + 1] == pytest.approx(expected)
+    plain = analysis.task_similarity(means, centre=False)
+    assert plain.loc[1, 3] == pytest.approx(3 / np.sqrt(15))
+    assert np.isnan(analysis.task_similarity([[1.0, 1.0], [1.0, 1.0]])).all(axis=None)
+    with pytest.raises(DataError, match="must be"):
+        analysis.task_similarity([1.0, 2.0])
 
 
 def test_markdown():

@@ -189,3 +189,12 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         load(tmp_path / "trian.csv")
     with pytest.raises(DataError, match="no file"):
         load(tmp_path / "nowhere" / "a.csv")
+
+
+def test_names_may_start_from_a_folder(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("text,label\nx,1\n")
+    data = Files("a.csv", str(tmp_path / "b.csv"), path=str(tmp_path)).load(tmp_path)
+    assert (len(data.train), len(data.test)) == (1, 1)  # absolute names stay what they are
+    with pytest.raises(DataError, match=r"There is no file a\.csv"):
+        Files("a.csv", "b.csv").load(tmp_path)

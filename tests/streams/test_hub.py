@@ -157,3 +157,17 @@ def test_a_broken_file_is_explained(folder, tmp_path):
     (folder / "train.csv").write_text('text,label\na,b\n"a,b\nc,d,e,f\n')
     with pytest.raises(DataError, match="my_data' cannot be loaded"):
         Hub(str(folder)).load(tmp_path / "cache")
+
+
+def test_texts_of_several_columns_are_joined(tmp_path):
+    made = tmp_path / "pairs"
+    made.mkdir()
+    (made / "train.csv").write_text("q,body,answer,label\nwhy,,so,1\nhow,by,doing,0\n,only,,0\n")
+    (made / "test.csv").write_text("q,body,answer,label\nwho,a,b,1\n")
+    data = Hub(str(made), text="q", more_text=["body", "answer"]).load(tmp_path)
+    assert list(data.train.inputs) == ["why so", "how by doing", "only"]
+    assert list(data.test.inputs) == ["who a b"]
+    with pytest.raises(DataError, match=r"no column 'bdy'\. Did you mean 'body'.*more_text"):
+        Hub(str(made), text="q", more_text=["bdy"]).load(tmp_path)
+    with pytest.raises(DataError, match="int values where texts are expected"):
+        Hub(str(made), text="q", more_text=["label"]).load(tmp_path)

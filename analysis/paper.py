@@ -1,0 +1,314 @@
+"""Tables for a paper: best in bold, second underlined, significance marked, in three formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.seeds import COSTS, final_numbers, intervals, paired_tests
+from analysis.tables import configuration_columns, configuration_labels, lower_is_better
+from cl_peft.errors import DataError, did_you_mean
+
+DEFAULT_METRICS = ("average_accuracy_oracle", "average_accuracy_routed", "forgetting_routed")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "†": r"$^{\dagger}$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of configurations against metrics, with everything that its marks rest on.
+
+    Attributes:
+        rows: The columns that name the configurations, one row each.
+        metrics: The columns of numbers.
+        cells: Long: row, metric, estimate, low, high, half_width, n, text, rank (1 best, 2 second,
+            0 neither), p_holm (against the reference), significant.
+        notes: What the marks and intervals mean, and the smallest p that the seeds can give.
+    """
+
+    rows: pd.DataFrame
+    metrics: tuple[str, ...]
+    cells: pd.DataFrame
+    notes: tuple[str, ...]
+
+    def to_markdown(self) -> str:
+        """The table and its notes in Markdown."""
+        head = [*map(str, self.rows.columns), *map(_heading, self.metrics)]
+        align = ["---"] * self.rows.shape[1] + ["--:"] * len(self.metrics)
+        marks = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}
+        lines = [[_pipe(text) for text in head], align]
+        for names, cells in self._lines():
+            lines.append([*map(_pipe, names), *(_marked(c, marks, _pipe) for c in cells)])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\n{' '.join(self.notes)}\n"
+
+    def to_latex(self, *, caption: str | None = None, label: str | None = None) -> str:
+        r"""The table in LaTeX with the rules of booktabs; every text is escaped.
+
+        Args:
+            caption: Plain text; with it, or with ``label``, a ``table`` environment is written that
+                also holds the notes. Without, the ``tabular`` alone.
+            label: For ``\ref``.
+        """
+        marks = {0: "{}", 1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
+        head = [*map(str, self.rows.columns), *map(_heading, self.metrics)]
+        lines = [rf"\begin{{tabular}}{{{'l' * self.rows.shape[1]}{'r' * len(self.metrics)}}}"]
+        lines += [r"\toprule", _latex_row(map(escape_latex, head)), r"\midrule"]
+        for names, cells in self._lines():
+            texts = [_marked(cell, marks, escape_latex) for cell in cells]
+            lines.append(_latex_row([*map(escape_latex, names), *texts]))
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        if caption is None and label is None:
+            return "\n".join(lines) + "\n"
+        notes = " ".join(map(escape_latex, self.notes))
+        return (
+            "\n".join(
+                [
+                    "% needs \\usepackage{booktabs}",
+                    r"\begin{table}[t]",
+                    r"\centering",
+                    *([rf"\caption{{{escape_latex(caption)}}}"] if caption is not None else []),
+                    *([rf"\label{{{label}}}"] if label is not None else []),
+                    *lines,
+                    rf"\par\smallskip{{\footnotesize {notes}}}",
+                    r"\end{table}",
+                ]
+            )
+            + "\n"
+        )
+
+    def to_csv(self) -> str:
+        """All numbers in full precision, wide: estimate, low, high, n and p_holm per metric."""
+        wide = self.rows.copy()
+        for metric in self.metrics:
+            cells = self.cells[self.cells["metric"] == metric].set_index("row")
+            for part in ("estimate", "low", "high", "n", "p_holm"):
+                name = metric if part == "estimate" else f"{metric}_{part}"
+                wide[name] = cells[part].reindex(wide.index)
+        return wide.to_csv(index=False, lineterminator="\n")
+
+    def _lines(self) -> list[tuple[list[str], list[Any]]]:
+        found = []
+        for row, names in enumerate(self.rows.itertuples(index=False)):
+            mine = self.cells[self.cells["row"] == row].set_index("metric")
+            cells = [mine.loc[metric] for metric in self.metrics]
+            found.append(([_name(name) for name in names], cells))
+        return found
+
+
+def paper_table(
+    frame: pd.DataFrame,
+    *,
+    metric: Sequence[str] = DEFAULT_METRICS,
+    by: Sequence[str] | None = None,
+    strata: str | None = None,
+    reference: str | None = None,
+    interval: str = "half",
+    statistic: str = "mean",
+    level: float = 0.95,
+    alpha: float = 0.05,
+    digits: int = 1,
+    seed: int = 0,
+) -> PaperTable:
+    """Configurations against metrics: mean over seeds, interval, best, second, significance.
+
+    In each column every other configuration is tested against the reference by the paired
+    permutation test over shared seeds, corrected by Holm within the column; the dagger marks those
+    that differ. Without ``reference`` the best of the column is it. Choosing the best after seeing
+    the numbers makes the test lenient; for a claim, name the reference beforehand.
+
+    Bold and underlined go by the numbers as printed, so what reads equal is marked alike.
+
+    Args:
+        frame: From :func:`analysis.load_runs`.
+        metric: Columns of :func:`analysis.summary` or :func:`analysis.costs`.
+        by: Columns that tell configurations apart; None is all but run, state, seeds and
+            ``strata``, of which those that vary are shown.
+        strata: Such as "stream": resampled apart.
+        reference: Label of a configuration, as in :func:`analysis.paired_tests`.
+        interval: "half" for 91.3 ± 0.8 (half the interval's width), "range" for [90.5, 92.1], or
+            "none".
+        statistic: "mean" or "iqm".
+        level: Of the intervals.
+        alpha: Of the tests.
+        digits: After the point, of percentages.
+        seed: Of resampling.
+
+    Raises:
+        DataError: Unknown names, no finished run, or runs that differ in more than their seeds.
+    """
+    if interval not in ("half", "range", "none"):
+        raise DataError(f'interval is {interval!r}; allowed: "half", "range", "none"')
+    keys = list(by) if by is not None else configuration_columns(frame)
+    keys = [key for key in keys if key != strata]
+    numbers = intervals(
+        frame, metric=metric, by=keys, strata=strata, statistic=statistic, level=level, seed=seed
+    )
+    runs = final_numbers(frame, metric)
+    first = numbers[numbers["metric"] == metric[0]].reset_index(drop=True)
+    labels = configuration_labels(first, keys).where(lambda text: text != "", "all runs")
+    shown = [key for key in keys if first[key].nunique(dropna=False) > 1] or keys[:1]
+    if reference is not None and reference not in set(labels):
+        raise DataError(
+            f"No configuration is called {reference!r}.{did_you_mean(reference, labels)}\n"
+            f"  there are: {'; '.join(labels)}"
+        )
+    parts, pairs = [], []
+    for name in metric:
+        column = numbers[numbers["metric"] == name].reset_index(drop=True)
+        cells = column.drop(columns=keys).assign(row=range(len(column)))
+        cells["text"] = [_text(cell, name, interval, digits) for _, cell in cells.iterrows()]
+        cells["rank"] = _ranks(cells["estimate"], name, digits)
+        against = reference or _best_label(cells, labels)
+        cells["p_holm"] = np.nan
+        if len(labels) > 1 and against is not None and name not in COSTS:
+            tests = paired_tests(frame, metric=name, by=keys, reference=against, seed=seed)
+            pairs.append(tests.assign(metric=name))
+            cells["p_holm"] = labels.map(tests.set_index("b")["p_holm"])
+        cells["significant"] = cells["p_holm"] < alpha
+        parts.append(cells)
+    table = pd.concat(parts, ignore_index=True)
+    notes = _notes(table, pairs, len(runs), reference, interval, statistic, level, alpha)
+    return PaperTable(first[shown], tuple(metric), table, tuple(notes))
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is: every special character becomes its command."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _best_label(cells: pd.DataFrame, labels: pd.Series) -> str | None:
+    best = cells.loc[cells["rank"] == 1, "row"]
+    return None if best.empty else str(labels.iloc[int(best.iloc[0])])
+
+
+def _ranks(estimates: pd.Series, metric: str, digits: int) -> list[int]:
+    """1 for what prints like the best, 2 for what prints like the next, else 0."""
+    printed = estimates.map(lambda value: round(_scaled(value, metric), _places(metric, digits)))
+    order = sorted(set(printed.dropna()), reverse=not lower_is_better(metric))
+    if len(estimates) < 2 or len(order) < 2:  # nothing to be better than
+        return [0] * len(estimates)
+    return [order.index(v) + 1 if v in order[:2] else 0 for v in printed]
+
+
+def _text(cell: pd.Series, metric: str, interval: str, digits: int) -> str:
+    if pd.isna(cell["estimate"]):
+        return ""
+    text = _number(cell["estimate"], metric, digits)
+    if interval == "none" or pd.isna(cell["low"]):
+        return text
+    if interval == "half":
+        return f"{text} ± {_number(cell['half_width'], metric, digits)}"
+    ends = (_number(cell[end], metric, digits) for end in ("low", "high"))
+    return f"{text} [{', '.join(ends)}]"
+
+
+def _number(value: float, metric: str, digits: int) -> str:
+    text = f"{_scaled(value, metric):,.{_places(metric, digits)}f}"
+    if not text.strip("-0.,"):
+        text = text.lstrip("-")  # never "-0.0"
+    return text.replace("-", "−")
+
+
+def _scaled(value: float, metric: str) -> float:
+    return value if _counts(metric) else 100 * value
+
+
+def _places(metric: str, digits: int) -> int:
+    return 0 if _counts(metric) else digits
+
+
+def _counts(metric: str) -> bool:
+    return metric.endswith(("_parameters", "_bytes", "_modules", "tasks"))
+
+
+def _heading(metric: str) -> str:
+    arrow = "↓" if lower_is_better(metric) else "↑"
+    return f"{metric.replace('_', ' ')}{'' if _counts(metric) else ' (%)'} {arrow}"
+
+
+def _notes(
+    table: pd.DataFrame,
+    pairs: Sequence[pd.DataFrame],
+    runs: int,
+    reference: str | None,
+    interval: str,
+    statistic: str,
+    level: float,
+    alpha: float,
+) -> list[str]:
+    counts = sorted({int(n) for n in table["n"] if n})
+    each = _range(counts)
+    what = "Interquartile mean" if statistic == "iqm" else "Mean"
+    notes = [f"{what} of {each} run{'s' if counts[-1:] != [1] else ''} each ({runs} in all)."]
+    if interval != "none" and table["low"].notna().any():
+        shape = "± is half the width of the" if interval == "half" else "In brackets, the"
+        notes.append(f"{shape} {100 * level:g} % bootstrap interval.")
+    if (table["rank"] > 0).any():
+        notes.append("Bold: best; underlined: second.")
+    tests = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame({"n": []})
+    tested = tests[tests["n"] > 0]
+    if len(tested):
+        smallest = tested["smallest_p"].min()
+        family = tested.groupby("metric").size().min()
+        against = f"{reference}" if reference else "the best"
+        text = (
+            f"†: differs from {against} (paired permutation test, Holm over {family} comparisons, "
+            f"{alpha:g}). The smallest p that {_range(sorted(set(tested['n'].astype(int))))} pairs "
+            f"can give is {smallest:.2g}"
+        )
+        corrected = min(1.0, smallest * family)
+        if corrected >= alpha:
+            text += f", {corrected:.2g} after correction, so nothing here can be significant"
+        notes.append(text + ".")
+    return notes
+
+
+def _range(counts: Sequence[int]) -> str:
+    if not counts:
+        return "0"
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _marked(cell: pd.Series, marks: dict[int, str], escape: Any) -> str:  # noqa: ANN401
+    text = marks[int(cell["rank"])].format(escape(cell["text"]))
+    return text + (escape("†") if cell["significant"] else "")
+
+
+def _name(value: object) -> str:
+    if pd.isna(value):  # type: ignore[call-overload]
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _pipe(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _latex_row(cells: Any) -> str:  # noqa: ANN401 (any iterable of text)
+    return " & ".join(cells) + r" \\"

@@ -1,0 +1,266 @@
+"""Configurations over their seeds: intervals, paired tests, ranks, pairs of runs.
+
+All start from the tidy frame of :func:`analysis.load_runs` and use finished runs only: one that
+stopped half-way has numbers over fewer tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis import ranks as ranking
+from analysis.load import SEED_COLUMNS, load_predictions, load_run_table
+from analysis.statistics import (
+    Statistic,
+    bootstrap_interval,
+    holm,
+    paired_permutation,
+)
+from analysis.tables import (
+    configuration_columns,
+    configuration_labels,
+    costs,
+    describing_columns,
+    lower_is_better,
+    refuse_hidden_differences,
+    summary,
+)
+from cl_peft.errors import DataError, did_you_mean
+
+COSTS = ("trainable_parameters", "stored_parameters", "router_parameters")
+
+
+def final_numbers(frame: pd.DataFrame, metric: Sequence[str]) -> pd.DataFrame:
+    """One row per finished run: describing columns and the wanted columns of its final numbers.
+
+    Args:
+        frame: From :func:`analysis.load_runs`.
+        metric: Columns of :func:`analysis.summary` or :func:`analysis.costs`.
+
+    Raises:
+        DataError: No finished run, or an unknown column.
+    """
+    finished = frame[frame["state"] == "finished"]
+    if finished.empty:
+        raise DataError("No run is finished, so there are no final numbers.")
+    runs = summary(finished)
+    if any(name in COSTS for name in metric):
+        runs = runs.merge(costs(finished)[["group", "run", *COSTS]], on=["group", "run"])
+    about = describing_columns(frame)
+    known = [column for column in runs.columns if column not in about]
+    for name in metric:
+        if name not in known:
+            raise DataError(
+                f"No number is called {name!r}.{did_you_mean(name, known)}\n"
+                f"  there are: {', '.join(known)}"
+            )
+    return runs[[*about, *dict.fromkeys(metric)]]
+
+
+def intervals(
+    frame: pd.DataFrame,
+    *,
+    metric: Sequence[str] = ("average_accuracy_routed",),
+    by: Sequence[str] | None = None,
+    strata: str | None = None,
+    statistic: str | Statistic = "mean",
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean (or interquartile mean) over seeds with its stratified bootstrap interval.
+
+    Args:
+        frame: From :func:`analysis.load_runs`.
+        metric: Columns of :func:`analysis.summary` or :func:`analysis.costs`.
+        by: Columns that tell configurations apart; None is all but the run, its state, its seeds
+            and ``strata``.
+        strata: Column whose values are resampled apart, such as "stream".
+        statistic: "mean", "iqm" or a function; see :func:`analysis.bootstrap_interval`.
+        level: Nominal coverage.
+        seed: Of the resampling.
+
+    Returns:
+        One row per configuration and metric: the columns of ``by``, metric, estimate, low, high,
+        half_width, n (runs with a number).
+
+    Raises:
+        DataError: No finished run, an unknown metric, or runs that differ in more than their seeds.
+    """
+    runs = final_numbers(frame, metric)
+    keys = _keys(frame, by, strata)
+    refuse_hidden_differences(runs, [*keys, *([strata] if strata else [])])
+    rows = []
+    for values, part in _groups(runs, keys):
+        for name in metric:
+            known = part.dropna(subset=[name])
+            about = dict(zip(keys, values, strict=True)) | {"metric": name}
+            if known.empty:
+                nan = float("nan")
+                rows.append(about | dict.fromkeys(("estimate", "low", "high", "half_width"), nan))
+                rows[-1]["n"] = 0
+                continue
+            found = bootstrap_interval(
+                known[name],
+                None if strata is None else known[strata].astype(str),
+                statistic=statistic,
+                level=level,
+                seed=seed,
+            )
+            ends = {"estimate": found.estimate, "low": found.low, "high": found.high}
+            rows.append(about | ends | {"half_width": found.half_width, "n": found.n})
+    return pd.DataFrame(rows)
+
+
+def paired_tests(
+    frame: pd.DataFrame,
+    *,
+    metric: str = "average_accuracy_routed",
+    by: Sequence[str] | None = None,
+    reference: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Paired permutation tests between configurations over the seeds they share, Holm corrected.
+
+    Args:
+        frame: From :func:`analysis.load_runs`.
+        metric: A column of :func:`analysis.summary`.
+        by: Columns that tell configurations apart; None is all but run, state, seeds and stream.
+            Runs are paired that agree in all other describing columns (seeds, stream, ...).
+        reference: Label of the configuration to test all others against, as in column a and b; None
+            tests every pair.
+        seed: Of the random sign patterns (more than 16 pairs).
+
+    Returns:
+        One row per comparison: a, b (labels), difference (a - b), p, p_holm (over all rows), n
+        (pairs), smallest_p (what n pairs can give at best). NaN and n = 0 where two configurations
+        share no seeds.
+
+    Raises:
+        DataError: No finished run, unknown names, or runs that differ in more than their seeds.
+    """
+    scores = score_table(frame, metric=metric, by=by)
+    labels = list(scores.columns)
+    if reference is not None and reference not in labels:
+        raise DataError(
+            f"No configuration is called {reference!r}.{did_you_mean(reference, labels)}\n"
+            f"  there are: {'; '.join(labels)}"
+        )
+    firsts = labels if reference is None else [reference]
+    rows = []
+    for i, a in enumerate(firsts):
+        for b in labels[i + 1 :] if reference is None else labels:
+            if a == b:
+                continue
+            both = scores[[a, b]].dropna()
+            row: dict[str, Any] = {"a": a, "b": b, "n": len(both)}
+            if len(both):
+                test = paired_permutation(both[a], both[b], seed=seed)
+                row |= {"difference": test.difference, "p": test.p, "smallest_p": test.smallest_p}
+            rows.append(row)
+    columns = ["a", "b", "difference", "p", "n", "smallest_p"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.insert(4, "p_holm", holm(table["p"].astype("float64")))
+    return table
+
+
+def rank_configurations(
+    frame: pd.DataFrame,
+    *,
+    metric: str = "average_accuracy_routed",
+    by: Sequence[str] | None = None,
+    alpha: float = 0.05,
+) -> ranking.CriticalDifference:
+    """Ranks of configurations over the seeds and streams that all of them have.
+
+    Args:
+        frame: From :func:`analysis.load_runs`.
+        metric: A column of :func:`analysis.summary`; forgetting and sizes rank low values first.
+        by: As in :func:`paired_tests`.
+        alpha: Level of the Nemenyi test.
+
+    Raises:
+        DataError: As :func:`paired_tests`; or fewer than two configurations or shared blocks.
+    """
+    scores = score_table(frame, metric=metric, by=by).dropna()
+    return ranking.critical_difference(
+        scores, alpha=alpha, higher_is_better=not lower_is_better(metric)
+    )
+
+
+def score_table(
+    frame: pd.DataFrame, *, metric: str, by: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Final numbers with one row per seed (and stream) and one column per configuration.
+
+    Args:
+        frame: From :func:`analysis.load_runs`.
+        metric: A column of :func:`analysis.summary` or :func:`analysis.costs`.
+        by: As in :func:`paired_tests`.
+
+    Raises:
+        DataError: As :func:`paired_tests`.
+    """
+    runs = final_numbers(frame, [metric])
+    keys = _keys(frame, by, "stream")
+    on = [c for c in describing_columns(frame) if c not in (*keys, "run", "state", "group")]
+    refuse_hidden_differences(runs, list(dict.fromkeys([*keys, *on])))
+    runs = runs.assign(label=configuration_labels(runs, keys))
+    if not (runs["label"] != "").any():
+        runs["label"] = "all runs"
+    # blocks as text: a configuration key that some runs lack would drop them from the pivot
+    blocks = runs[on].astype("str").fillna("none").agg(", ".join, axis=1)
+    wide = runs.assign(block=blocks).pivot(index="block", columns="label", values=metric)
+    return wide[list(dict.fromkeys(runs["label"]))].rename_axis(columns=None)
+
+
+def example_pairs(
+    folder: str | Path, a: Mapping[str, Any], b: Mapping[str, Any]
+) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Final predictions of two configurations, paired by seeds, for ``compare_examples``.
+
+    Args:
+        folder: Folder of runs.
+        a: What selects the runs of the first, by columns of :func:`analysis.load_run_table`:
+            ``{"router": "ridge"}``.
+        b: What selects those of the second.
+
+    Raises:
+        DataError: An unknown column, no seeds in common, or several runs with the same seeds.
+    """
+    chosen = []
+    for what in (a, b):
+        runs = load_run_table(folder, where=what)
+        runs = runs[runs["finished"]]
+        seeds = ["stream", *SEED_COLUMNS]
+        if runs.duplicated(seeds).any():
+            twins = ", ".join(runs[runs.duplicated(seeds, keep=False)]["run"].head(4))
+            raise DataError(
+                f"{dict(what)} selects several runs with the same seeds: {twins}. Name more keys."
+            )
+        chosen.append(runs.set_index(seeds)["folder"])
+    both = pd.concat(chosen, axis=1, keys=["a", "b"], join="inner")
+    if both.empty:
+        raise DataError(f"{dict(a)} and {dict(b)} have no finished runs with the same seeds.")
+    return [
+        (load_predictions(x, after_task=-1), load_predictions(y, after_task=-1))
+        for x, y in both.itertuples(index=False)
+    ]
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _keys(frame: pd.DataFrame, by: Sequence[str] | None, strata: str | None) -> list[str]:
+    if by is not None:
+        return list(by)
+    return [column for column in configuration_columns(frame) if column != strata]
+
+
+def _groups(runs: pd.DataFrame, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    if not keys:
+        return [((), runs)]
+    return [(values, part) for values, part in runs.groupby(list(keys), sort=False, dropna=False)]

@@ -1,0 +1,295 @@
+"""Configurations over seeds, and the tables made of them."""
+
+import csv
+import io
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import analysis
+from analysis.paper import escape_latex
+from analysis.seeds import final_numbers
+from cl_peft.errors import DataError
+
+ROUTED = "average_accuracy_routed"
+
+
+@pytest.fixture(scope="session")
+def frame(grid):
+    return analysis.load_runs(grid, config="varying")
+
+
+def from_files(grid, learner, router, rank, routing="routed"):
+    """Final average accuracy of each seed, from the predictions alone."""
+    values = []
+    for seed in range(5):
+        run = grid / "grid" / f"{learner}-{router}-{rank}-{seed}"
+        rows = pd.read_parquet(run / "predictions.parquet")
+        last = rows[rows["after_task"] == 4]
+        right = last[f"{routing}_prediction"] == last["label"]
+        values.append(right.groupby(last["eval_task"]).mean().mean())
+    return np.array(values)
+
+
+def test_intervals_are_those_of_the_run_folders(grid, frame):
+    table = analysis.intervals(frame, metric=[ROUTED, "router_accuracy"])
+    assert len(table) == 8 * 2
+    for _, row in table[table["metric"] == ROUTED].iterrows():
+        values = from_files(grid, row["learner"], row["router"], row["module.rank"])
+        expected = analysis.bootstrap_interval(values)
+        assert row["estimate"] == pytest.approx(values.mean())
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high))
+        assert row["n"] == 5
+
+
+def test_streams_as_strata(tmp_path, write_run):
+    for k, stream in enumerate(("easy", "easy", "hard", "hard")):
+        run = write_run(tmp_path / "g" / f"{stream}-{k}", seed=k)
+        text = (run / "config.yaml").read_text().replace("newsgroups", stream)
+        (run / "config.yaml").write_text(text)
+    frame = analysis.load_runs(tmp_path)
+    runs = analysis.summary(frame)
+    row = analysis.intervals(frame, strata="stream").iloc[0]
+    expected = analysis.bootstrap_interval(runs[ROUTED], runs["stream"])
+    assert (row["estimate"], row["low"], row["high"]) == (
+        expected.estimate,
+        expected.low,
+        expected.high,
+    )
+    assert len(analysis.intervals(frame)) == 2
+
+
+def test_missing_numbers_are_not_counted(tmp_path, write_run):
+    write_run(tmp_path / "g" / "a", learner="joint", router="none", only_last=True)
+    row = analysis.intervals(analysis.load_runs(tmp_path), metric=["forgetting_routed"]).iloc[0]
+    assert row["n"] == 0
+    assert np.isnan(row["estimate"])
+
+
+def test_unknown_numbers_and_unfinished_runs(tmp_path, write_run, frame):
+    with pytest.raises(DataError, match="Did you mean 'average_accuracy_routed'"):
+        analysis.intervals(frame, metric=["average_acuracy_routed"])
+    write_run(tmp_path / "g" / "a", done=2, state="failed")
+    with pytest.raises(DataError, match="No run is finished"):
+        final_numbers(analysis.load_runs(tmp_path), [ROUTED])
+
+
+def test_paired_tests_pair_by_seed(grid, frame):
+    part = frame[(frame["learner"] == "isolated") & (frame["module.rank"] == 16)]
+    (row,) = analysis.paired_tests(part).to_dict("records")
+    assert (row["a"], row["b"]) == ("prototype", "ridge")
+    a, b = (from_files(grid, "isolated", router, 16) for router in ("prototype", "ridge"))
+    assert row["difference"] == pytest.approx((a - b).mean())
+    assert row["p"] == analysis.paired_permutation(a, b).p == row["smallest_p"] == 0.0625
+    assert row["n"] == 5
+
+
+def test_paired_tests_against_a_reference(frame):
+    every = analysis.paired_tests(frame)
+    assert len(every) == 28
+    np.testing.assert_allclose(every["p_holm"], analysis.holm(every["p"]))
+    against = analysis.paired_tests(frame, reference="ridge, isolated, rank 16")
+    assert len(against) == 7
+    assert set(against["a"]) == {"ridge, isolated, rank 16"}
+    with pytest.raises(DataError, match="No configuration is called 'ridge'"):
+        analysis.paired_tests(frame, reference="ridge")
+
+
+def test_only_shared_seeds_are_paired(grid):
+    frame = analysis.load_runs(grid, where={"learner": "isolated"}, config=["module.rank"])
+    frame = frame[frame["module.rank"] == 4]
+    missing = (frame["router"] == "ridge") & frame["seed_init"].isin([0, 3])
+    (row,) = analysis.paired_tests(frame[~missing]).to_dict("records")
+    assert row["n"] == 3
+    assert row["smallest_p"] == 0.25
+    apart = frame[(frame["router"] == "ridge") == (frame["seed_init"] < 2)]
+    (row,) = analysis.paired_tests(apart).to_dict("records")
+    assert row["n"] == 0
+    assert np.isnan(row["p"])
+
+
+def test_every_seed_counts_for_pairing(tmp_path, write_run):
+    """One order, several initial weights: the runs of a pair agree in all three seeds."""
+    for router in ("ridge", "prototype"):
+        for init in range(3):
+            run = write_run(tmp_path / "g" / f"{router}-{init}", router=router, seed=init)
+            text = (run / "config.yaml").read_text().replace(f"order: {init}", "order: 0")
+            (run / "config.yaml").write_text(text)
+    frame = analysis.load_runs(tmp_path)
+    assert set(frame["seed_order"]) == {0}
+    (row,) = analysis.paired_tests(frame, by=["router"]).to_dict("records")
+    assert row["n"] == 3
+    runs = analysis.summary(frame).set_index(["router", "seed_init"])[ROUTED]
+    assert row["difference"] == pytest.approx((runs["prototype"] - runs["ridge"]).mean())
+
+
+def test_ranks_of_configurations(grid, frame):
+    result = analysis.rank_configurations(frame)
+    table = {
+        (learner, router, rank): from_files(grid, learner, router, rank)
+        for learner in ("isolated", "sequential")
+        for router in ("ridge", "prototype")
+        for rank in (4, 16)
+    }
+    ranks = pd.DataFrame(table).rank(axis=1, ascending=False).mean()
+    for (learner, router, rank), expected in ranks.items():
+        assert result.ranks[f"{router}, {learner}, rank {rank}"] == pytest.approx(expected)
+    assert result.n == 5
+    low = analysis.rank_configurations(frame, metric="forgetting_oracle")
+    assert "isolated" in low.ranks.index[0]  # forgets nothing
+
+
+def test_example_pairs_are_runs_of_equal_seeds(grid):
+    fixed = {"learner": "isolated", "module.rank": 16}
+    pairs = analysis.example_pairs(
+        grid, {**fixed, "router": "ridge"}, {**fixed, "router": "prototype"}
+    )
+    result = analysis.compare_examples(pairs)
+    a, b = (from_files(grid, "isolated", router, 16) for router in ("ridge", "prototype"))
+    # all tasks have 40 test samples, so micro and macro averages agree
+    assert result.difference == pytest.approx((a - b).mean())
+    assert result.pairs["accuracy_a"].tolist() == pytest.approx(a.tolist())
+    with pytest.raises(DataError, match="several runs with the same seeds"):
+        analysis.example_pairs(grid, {"router": "ridge"}, {"router": "prototype"})
+    with pytest.raises(DataError, match="no finished runs with the same seeds"):
+        analysis.example_pairs(
+            grid,
+            {**fixed, "router": "ridge", "seed_init": 0},
+            {**fixed, "router": "prototype", "seed_init": 1},
+        )
+
+
+# ---------------------------------------------------------------- tables
+
+
+def markdown_cells(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_markdown_table(grid, frame):
+    table = analysis.paper_table(frame, metric=[ROUTED, "forgetting_routed"])
+    head, _, *rows = markdown_cells(table.to_markdown())
+    assert head == [
+        *("router", "learner", "module.rank"),
+        *("average accuracy routed (%) ↑", "forgetting routed (%) ↓"),
+    ]
+    assert len(rows) == 8
+    best = next(row for row in rows if row[:3] == ["ridge", "isolated", "16"])
+    values = from_files(grid, "isolated", "ridge", 16)
+    interval = analysis.bootstrap_interval(values)
+    number = f"{100 * values.mean():.1f} ± {100 * interval.half_width:.1f}"
+    assert best[3] == f"**{number}**"
+    seconds = [row for row in rows if row[3].startswith("<u>")]
+    assert [row[:3] for row in seconds] == [["ridge", "isolated", "4"]]
+    text = table.to_markdown()
+    assert "Mean of 5 runs each (40 in all)." in text
+    assert "The smallest p that 5 pairs can give is 0.062" in text
+    assert "nothing here can be significant" in text
+    assert "†" not in "".join(cell for row in rows for cell in row)
+
+
+def test_significance_is_marked_where_the_seeds_allow_it(tmp_path, write_run):
+    for learner in ("isolated", "sequential"):
+        for seed in range(6):
+            write_run(tmp_path / "g" / f"{learner}-{seed}", learner=learner, seed=seed)
+    frame = analysis.load_runs(tmp_path)
+    table = analysis.paper_table(frame, metric=[ROUTED], interval="range")
+    rows = markdown_cells(table.to_markdown())[2:]
+    assert re.fullmatch(r"\*\*[\d.]+ \[[\d.]+, [\d.]+\]\*\*", rows[0][1])
+    assert rows[1][1].endswith("†")
+    cell = table.cells[table.cells["row"] == 1].iloc[0]
+    assert cell["p_holm"] == pytest.approx(2 / 2**6)
+    assert "is 0.031." in table.to_markdown()
+    named = analysis.paper_table(frame, metric=[ROUTED], reference="sequential")
+    assert [c["significant"] for _, c in named.cells.iterrows()] == [True, False]
+    assert "differs from sequential" in named.to_markdown()
+    five = analysis.paper_table(frame[frame["seed_init"] < 5], metric=[ROUTED])
+    assert five.cells["p_holm"].tolist()[1] == 0.0625
+    assert not five.cells["significant"].any()
+    strict = analysis.paper_table(frame, metric=[ROUTED], alpha=0.01)
+    assert not strict.cells["significant"].any()
+    with pytest.raises(DataError, match="Did you mean 'sequential'"):
+        analysis.paper_table(frame, reference="sequentail")
+
+
+def test_what_prints_alike_is_marked_alike(tmp_path, write_run):
+    for name, router in (("a", "x"), ("b", "y"), ("c", "prototype")):
+        write_run(tmp_path / "g" / name, router=router)
+    frame = analysis.load_runs(tmp_path)
+    routed = frame["metric"].eq("average_accuracy") & frame["routing"].eq("routed")
+    frame.loc[routed & frame["run"].eq("b"), "value"] += 1e-5
+    table = analysis.paper_table(frame, metric=[ROUTED])
+    assert table.cells["rank"].tolist() == [1, 1, 2]
+    assert "±" not in table.to_markdown()  # one run has no interval
+    equal = analysis.paper_table(frame, metric=["average_accuracy_oracle"])
+    assert equal.cells["rank"].tolist() == [0, 0, 0]
+
+
+def test_latex_table(frame):
+    table = analysis.paper_table(frame, metric=[ROUTED, "stored_parameters"])
+    lines = table.to_latex().splitlines()
+    assert lines[0] == r"\begin{tabular}{lllrr}"
+    assert [line for line in lines if line.endswith("rule")] == [
+        *(r"\toprule", r"\midrule", r"\bottomrule")
+    ]
+    rows = [line for line in lines if line.endswith(r"\\")]
+    assert len(rows) == 9
+    assert all(line.count(" & ") == 4 for line in rows)
+    assert r"average accuracy routed (\%) $\uparrow$" in rows[0]
+    assert sum(r"\textbf{" in line for line in rows) == 3  # one accuracy, two equal sizes
+    assert r"\underline{" in table.to_latex()
+    assert r"$\pm$" in rows[1]
+    whole = table.to_latex(caption="50% of R&D_1", label="tab:a")
+    assert r"\caption{50\% of R\&D\_1}" in whole
+    assert whole.count(r"\begin{") == whole.count(r"\end{") == 2
+    assert whole.count("{") == whole.count("}")
+    # a bare percent sign would comment out the rest of its row
+    body = whole.split("\n", 1)[1]
+    assert not re.search(r"(?<!\\)%", body)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a_b", r"a\_b"),
+        ("100%", r"100\%"),
+        ("R&D #1 $x", r"R\&D \#1 \$x"),
+        ("{a}~b^c", r"\{a\}\textasciitilde{}b\textasciicircum{}c"),
+        ("back\\slash", r"back\textbackslash{}slash"),
+        ("1.0 ± 0.2†", r"1.0 $\pm$ 0.2$^{\dagger}$"),
+        ("−3 < x | y", r"$-$3 \textless{} x \textbar{} y"),
+    ],
+)
+def test_escaping(text, expected):
+    assert escape_latex(text) == expected
+
+
+def test_names_are_escaped(tmp_path, write_run):
+    write_run(tmp_path / "g" / "a", router="top_k & soft|100%")
+    write_run(tmp_path / "g" / "b", router="ridge")
+    table = analysis.paper_table(analysis.load_runs(tmp_path), metric=[ROUTED])
+    assert r"top\_k \& soft\textbar{}100\%" in table.to_latex()
+    assert r"| top_k & soft\|100% |" in table.to_markdown()
+
+
+def test_csv_holds_all_digits(grid, frame):
+    table = analysis.paper_table(frame, metric=[ROUTED])
+    rows = list(csv.DictReader(io.StringIO(table.to_csv())))
+    assert len(rows) == 8
+    for row in rows:
+        values = from_files(grid, row["learner"], row["router"], row["module.rank"])
+        assert float(row[ROUTED]) == pytest.approx(values.mean(), abs=1e-15)
+        assert float(row[f"{ROUTED}_high"]) == analysis.bootstrap_interval(values).high
+        assert row[f"{ROUTED}_n"] == "5"
+
+
+def test_interquartile_mean_in_a_table(grid, frame):
+    table = analysis.paper_table(frame, metric=[ROUTED], statistic="iqm")
+    values = from_files(grid, "isolated", "ridge", 16)
+    assert f"{100 * analysis.interquartile_mean(values):.1f} ±" in table.to_markdown()
+    assert "Interquartile mean of 5 runs" in table.to_markdown()
+    with pytest.raises(DataError, match="interval is 'std'"):
+        analysis.paper_table(frame, interval="std")
