@@ -175,7 +175,7 @@ def test_sweep_names_different_valid_runs(name):
     params = [f"{key}={value}" for key, value in composed.hydra.sweeper.params.items()]
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)[0]
     assert len(jobs) >= 9
-    assert len({run_id(valid(*job)) for job in jobs}) == len(jobs)
+    assert len({run_id(valid(f"sweep={name}", *job)) for job in jobs}) == len(jobs)
 
 
 #: What makes a sweep fit the tiny backbone, or short.

@@ -120,7 +120,7 @@ def test_an_unfinished_run_answers_as_after_its_last_task(places, monkeypatch):
         learn(self, task)
 
     monkeypatch.setattr(Isolated, "learn", fail)
-    overrides = (*SMOKE, *places)
+    overrides = (*SMOKE, *places, "cache=off")
     with pytest.raises(MemoryError):
         run(*overrides)
     folder = folder_of(*overrides)

@@ -1,0 +1,241 @@
+"""A whole stream against a plain loop with Hugging Face peft, for more and more tasks.
+
+    python benchmarks/stream.py [--tasks 5 10 20] [--threads 1] [--quick]
+
+Both train one LoRA (rank 8, all linears) and one head per task on the same batches of the same
+made-up texts, two classes a task, test sets a third of the training sets; both evaluate after every
+task on all tasks seen, once with the true task (oracle) and once routed by the same ridge router on
+frozen features. Nothing is read from a cache on disk.
+
+The loop is what one writes first: after every task, every seen test set goes through its adapter;
+then through the router's frozen features; then, grouped by the router's answer, through the chosen
+adapters. *remembering features* is the same loop given its test features for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from measure import clock, configuration, minilm, plain, write
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from cl_peft.backbones.base import Backbone
+from cl_peft.batching import bucketed, by_length
+from cl_peft.config import build
+from cl_peft.console import Console
+from cl_peft.experiment import load_stream
+from cl_peft.streams.base import Split, Stream
+from cl_peft.world import World
+
+PARTS = ("learn", "router", "evaluate")
+
+
+@dataclass
+class Measured:
+    """Seconds by part, examples that passed the backbone in evaluations, final accuracies."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    features: float = 0.0  # of evaluate: frozen features of test examples
+    passes: int = 0
+    accuracy: dict[str, float] = field(default_factory=dict)
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def ours(config: dict[str, Any], stream: Stream, console: Console) -> Measured:
+    world = World.build(config, stream, console)
+    out = Measured()
+    started = clock()
+    world.features.prefetch(stream, ("train",))
+    out.seconds["router"] += clock() - started
+    before, started = world.features.computed, clock()
+    world.features.prefetch(stream, ("test",))
+    out.features = clock() - started
+    out.seconds["evaluate"] += out.features
+    out.passes += world.features.computed - before
+    for task in stream.tasks:
+        marks = [clock()]
+        for part in (world.learn, world.fit_router):
+            part(task)
+            marks.append(clock())
+        results = world.evaluator.after(task, world.costs())
+        marks.append(clock())
+        for name, (a, b) in zip(PARTS, pairwise(marks), strict=True):
+            out.seconds[name] += b - a
+        out.passes += results.passes
+    final = results.rows[results.rows["metric"] == "average_accuracy_micro"]
+    last = final[final["after_task"] == len(stream.tasks)]
+    out.accuracy = dict(zip(last["routing"], last["value"], strict=True))
+    return out
+
+
+class PlainLoop:
+    """The same with peft, as one writes it first."""
+
+    def __init__(self, config: dict[str, Any], stream: Stream, backbone: Backbone) -> None:
+        self.stream, self.backbone = stream, backbone
+        self.trainer = build(config["trainer"])
+        self.lr = config["optimizer"]["lr"]
+        self.router = build(config["router"])
+        self.router.start(backbone.width, 0)
+        module = config["module"]
+        targets = [s.name for s in build(module).sites(backbone.model)]
+        self.lora = LoraConfig(r=module["rank"], lora_alpha=module["alpha"], target_modules=targets)
+        self.model = get_peft_model(backbone.model, self.lora, adapter_name="0").eval()
+        self.heads: list[nn.Linear] = []
+        self.out = Measured()
+
+    def run(self) -> Measured:
+        for index, task in enumerate(self.stream.tasks):
+            marks = [clock()]
+            self.learn(index, task.train)
+            marks.append(clock())
+            with torch.no_grad(), self.model.disable_adapter():
+                features = self.pooled(task.train)
+            self.router.fit(features, torch.from_numpy(task.train.labels), index)
+            marks.append(clock())
+            self.evaluate(index)
+            marks.append(clock())
+            for name, (a, b) in zip(PARTS, pairwise(marks), strict=True):
+                self.out.seconds[name] += b - a
+        return self.out
+
+    def learn(self, index: int, train: Split) -> None:
+        if index:
+            self.model.add_adapter(str(index), self.lora)
+        self.model.set_adapter(str(index))
+        classes = self.stream.tasks[index].classes
+        head = nn.Linear(self.backbone.width, len(classes))
+        self.heads.append(head)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters += list(head.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0)
+        local = torch.tensor([classes.index(int(c)) for c in train.labels])
+        encoded = self.backbone.encode(train.inputs)
+        epochs, size = self.trainer.epochs, self.trainer.batch_size
+        order = [
+            rows
+            for epoch in range(epochs)
+            for rows in bucketed(
+                encoded.lengths, size, np.random.default_rng([0, 11, index, epoch])
+            )
+        ]
+        for step, rows in enumerate(order):
+            optimizer.param_groups[0]["lr"] = self.lr * self.trainer.rate(step, len(order))
+            logits = head(self.feature(encoded.take(rows)))
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(logits, local[torch.from_numpy(rows)]).backward()
+            nn.utils.clip_grad_norm_(parameters, self.trainer.clip)
+            optimizer.step()
+
+    def feature(self, encoded: Any) -> Tensor:
+        batch = self.backbone.collate(encoded)
+        return self.backbone.pool(self.model(**batch).last_hidden_state, batch)
+
+    def pooled(self, split: Split, rows: np.ndarray | None = None) -> Tensor:
+        """Pooled features of a split under whatever adapter is active."""
+        inputs = split.inputs if rows is None else [split.inputs[r] for r in rows]
+        encoded = self.backbone.encode(inputs)
+        out = torch.empty(len(inputs), self.backbone.width)
+        for part in by_length(encoded.lengths, self.trainer.eval_batch_size):
+            out[torch.from_numpy(part)] = self.feature(encoded.take(part))
+        return out
+
+    @torch.no_grad()
+    def evaluate(self, index: int) -> None:
+        seen = self.stream.tasks[: index + 1]
+        counts = {"oracle": 0, "routed": 0}
+        n = sum(len(t.test) for t in seen)
+        for t, task in enumerate(seen):
+            self.model.set_adapter(str(t))
+            answer = self.heads[t](self.pooled(task.test)).argmax(1)
+            counts["oracle"] += self.right(answer, t, task.test.labels)
+        for task in seen:
+            started = clock()
+            with self.model.disable_adapter():
+                features = self.pooled(task.test)
+            self.out.features += clock() - started
+            chosen = self.router.choose(features).tasks.numpy()
+            for t in np.unique(chosen):
+                rows = np.flatnonzero(chosen == t)
+                self.model.set_adapter(str(t))
+                answer = self.heads[t](self.pooled(task.test, rows)).argmax(1)
+                counts["routed"] += self.right(answer, int(t), task.test.labels[rows])
+        self.out.passes += 3 * n
+        self.out.accuracy = {name: right / n for name, right in counts.items()}
+
+    def right(self, answer: Tensor, task: int, labels: np.ndarray) -> int:
+        classes = np.array(self.stream.tasks[task].classes)
+        return int((classes[answer.numpy()] == labels).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, to try it out")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    sizes = [3] if chosen.quick else chosen.tasks
+    rows, series = [], []
+    console = Console(stdout=io.StringIO(), stderr=io.StringIO())
+    for tasks in sizes:
+        config = configuration(
+            "stream=synthetic",
+            f"stream.tasks={tasks}",
+            f"stream.classes={2 * tasks}",
+            "stream.train_per_class=24",
+            "stream.test_per_class=8",
+            "trainer.epochs=3",
+            "router.projection=500",
+            "cache=off",
+            f"threads={chosen.threads}",
+        )
+        stream = load_stream(config, console)
+        mine = ours(config, stream, console)
+        theirs = PlainLoop(config, stream, minilm()).run()
+        tests = sum(len(t.test) for t in stream.tasks)
+        evaluation = theirs.seconds["evaluate"] / mine.seconds["evaluate"]
+        kept = (theirs.seconds["evaluate"] - theirs.features) / mine.seconds["evaluate"]
+        whole = theirs.total() / mine.total()
+        known = (theirs.total() - theirs.features) / mine.total()
+        learn = theirs.seconds["learn"] / mine.seconds["learn"]
+        goal = tasks == 20
+        rows += [
+            plain(
+                f"{tasks} tasks: evaluation, peft loop over ours", [evaluation], "x", ">= 8" * goal
+            ),
+            plain(f"{tasks} tasks: the same, remembering features", [kept], "x"),
+            plain(f"{tasks} tasks: whole stream, peft loop over ours", [whole], "x", ">= 2" * goal),
+            plain(f"{tasks} tasks: the same, remembering features", [known], "x"),
+            plain(f"{tasks} tasks: training alone, peft loop over ours", [learn], "x"),
+            plain(f"{tasks} tasks: passes per test example, ours", [mine.passes / tests], "passes"),
+            plain(
+                f"{tasks} tasks: passes per test example, loop", [theirs.passes / tests], "passes"
+            ),
+        ]
+        series.append(
+            {
+                "tasks": tasks,
+                "evaluation": round(evaluation, 3),
+                "whole": round(whole, 3),
+                "ours": {**mine.seconds, "accuracy": mine.accuracy},
+                "loop": {**theirs.seconds, "accuracy": theirs.accuracy},
+            }
+        )
+        print(json.dumps(series[-1]))
+    about = "all-MiniLM-L6-v2, 48 training and 16 test texts of about 40 tokens per task, 3 epochs"
+    write("stream", "Whole stream", about, rows, series=series)
+
+
+if __name__ == "__main__":
+    main()

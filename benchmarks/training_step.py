@@ -1,0 +1,114 @@
+"""One training step against its limit, the bare frozen backbone, with peft's beside it.
+
+    python benchmarks/training_step.py [--repeats 15] [--threads 1] [--quick]
+
+The limit is one forward pass and one backward pass for activations alone. A step is forward and
+backward of 32 texts of 64 tokens through all-MiniLM-L6-v2, the mean of the pooled features as loss;
+rank 8; gradients of all module tensors. Optimizers are left out: they cost all the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from measure import (
+    arguments,
+    compared,
+    gradient_at_embeddings,
+    interleaved,
+    minilm,
+    tokens,
+    write,
+)
+from peft import LoraConfig, get_peft_model
+
+from cl_peft.backbones.base import Backbone, Batch
+from cl_peft.modules.bank import Bank
+from cl_peft.modules.base import Method
+from cl_peft.modules.dora import DoRA
+from cl_peft.modules.lora import LoRA
+
+QV = ["query", "value"]
+
+
+def ours(backbone: Backbone, batch: Batch, method: Method) -> Callable[[], None]:
+    import torch
+
+    own = copy.copy(backbone)
+    own.model = copy.deepcopy(backbone.model)  # hooks of one do not slow the others
+    bank = Bank(method, own.model, "cpu")
+    module = bank.fresh(torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        for params in module.values():
+            for tensor in params.values():
+                tensor.grad = None
+        with bank.training(module):
+            own(batch).mean().backward()
+
+    return step
+
+
+def theirs(backbone: Backbone, batch: Batch, **options: object) -> Callable[[], None]:
+    config = LoraConfig(r=8, lora_alpha=16, **options)  # type: ignore[arg-type]
+    model = get_peft_model(copy.deepcopy(backbone.model), config)
+    model.train()
+    for module in model.modules():  # the backbone's own dropout is off in ours, too
+        if type(module).__name__ == "Dropout" and module.p != options.get("lora_dropout", 0.0):
+            module.p = 0.0
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        backbone.pool(model(**batch).last_hidden_state, batch).mean().backward()
+
+    return step
+
+
+def main() -> None:
+    chosen = arguments(__doc__, repeats=15)
+    backbone = minilm()
+    batch = tokens(8 if chosen.quick else 32, 64)
+    every = [s.name for s in LoRA().sites(backbone.model)]
+    bare = copy.copy(backbone)
+    bare.model = copy.deepcopy(backbone.model)
+
+    def limit() -> None:
+        with gradient_at_embeddings(bare.model):
+            bare(batch).mean().backward()
+
+    seconds = interleaved(
+        {
+            "bare backbone": limit,
+            "LoRA, query and value": ours(backbone, batch, LoRA(sites=QV)),
+            "LoRA, all linears": ours(backbone, batch, LoRA()),
+            "LoRA, all linears, dropout 0.1": ours(backbone, batch, LoRA(dropout=0.1)),
+            "DoRA, all linears": ours(backbone, batch, DoRA()),
+            "peft LoRA, query and value": theirs(backbone, batch, target_modules=QV),
+            "peft LoRA, all linears": theirs(backbone, batch, target_modules=every),
+            "peft LoRA, all linears, dropout 0.1": theirs(
+                backbone, batch, target_modules=every, lora_dropout=0.1
+            ),
+            "peft DoRA, all linears": theirs(backbone, batch, target_modules=every, use_dora=True),
+        },
+        chosen.repeats,
+    )
+    lora = "LoRA, all linears"
+    rows = [
+        compared("LoRA, query and value", "bare backbone", seconds, "<= 1.03"),
+        compared(lora, "bare backbone", seconds, "<= 1.15"),
+        compared("DoRA, all linears", lora, seconds, "<= 1.12"),
+        compared(f"{lora}, dropout 0.1", lora, seconds, "<= 1.05"),
+        compared("peft LoRA, query and value", "bare backbone", seconds),
+        compared(f"peft {lora}", "bare backbone", seconds),
+        compared("peft DoRA, all linears", f"peft {lora}", seconds),
+        compared(f"peft {lora}, dropout 0.1", f"peft {lora}", seconds),
+        compared("DoRA, all linears", "peft DoRA, all linears", seconds),
+        compared(f"{lora}, dropout 0.1", f"peft {lora}, dropout 0.1", seconds),
+    ]
+    size = "x".join(str(n) for n in batch["input_ids"].shape)
+    write("training_step", "Training step", f"all-MiniLM-L6-v2, batch {size} tokens, rank 8", rows)
+
+
+if __name__ == "__main__":
+    main()
