@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all lint smoke clean
+.PHONY: help setup run test test-all lint smoke bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,11 @@ lint: setup ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: setup ## Measure speed and memory, and render docs/results/performance.md
+	for name in training_step mixed_batch bank_size stream routers_fit methods start_up; do \
+	  $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/render.py
 
 clean: ## Remove the environment and caches of tools; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

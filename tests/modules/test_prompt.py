@@ -265,7 +265,7 @@ def test_what_does_not_fit_the_positions_is_refused_with_a_way_out():
     ids=["isolated", "sequential"],
 )
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(learner, tmp_path, cache):
-    args = ("debug=smoke", *FIVE, "module=prompt", *learner, f"paths.cache={cache}")
+    args = ("debug=smoke", "cache=off", *FIVE, "module=prompt", *learner, f"paths.cache={cache}")
     whole, part = ((*args, f"paths.runs={tmp_path / name}") for name in "ab")
     run(*whole)
     assert in_child("while task 3 trains", part) == -signal.SIGKILL
