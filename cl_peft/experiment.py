@@ -66,6 +66,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
                 "route": round(fitted - learned, 3),
                 "evaluate": round(evaluated - fitted, 3),
                 "passes": results.passes,
+                "features": world.asked_features(task),
                 "reused": reused,
                 **world.choosing(),
                 **world.training(),

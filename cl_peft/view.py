@@ -244,7 +244,21 @@ class ResultView:
         ]
         reused = sum(bool(t.get("reused")) for t in self.times)
         looked_up = f"; {reused} of {len(self.times)} modules from the cache" if reused else ""
-        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}{looked_up}"
+        passes = self.passes()
+        asked = "" if math.isnan(passes) else f"; {passes:.2f} passes per test example"
+        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}{asked}{looked_up}"
+
+    def passes(self) -> float:
+        """Passes through the backbone of all evaluations, per test example; NaN where unknown.
+
+        A frozen feature counts as one, even if it came from the cache.
+        """
+        stream = read_json(self.folder / "stream.json")
+        tests = sum(int(t["test"]) for t in stream.get("tasks", [])[: self.done])
+        counts = [t["passes"] + t["features"] for t in self.times if "features" in t]
+        if not tests or len(counts) < self.done:
+            return math.nan
+        return float(sum(counts)) / tests
 
     def paths(self) -> list[tuple[str, Path]]:
         """Where to look next: the run folder, and figure and report where they exist."""

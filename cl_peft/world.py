@@ -111,7 +111,7 @@ class World:
         seen = self.stream.seen(task) if history else (task,)
         axes = {axis: self.config[axis] for axis in ("learner", "module", "optimizer", "trainer")}
         parts = [
-            "learning 1",  # to be raised when the arithmetic of training changes
+            "learning 2",  # to be raised when the arithmetic of training changes
             torch.__version__.split("+")[0],
             axes,
             dict(self.config["seed"], order=None),
@@ -201,6 +201,11 @@ class World:
         seconds, samples = self.router.seconds, self.router.samples
         self.router.seconds, self.router.samples = 0.0, 0
         return {"choose_microseconds": round(1e6 * seconds / samples, 3)} if samples else {}
+
+    def asked_features(self, task: Task) -> int:
+        """Test examples of the task whose frozen features an evaluation needs: once, then kept."""
+        router = self.learner.uses_router and self.router.needs_features
+        return len(task.test) if router or self.learner.needs_features else 0
 
     def training(self) -> dict[str, float]:
         """What the last fit reported, for timing.json."""

@@ -300,7 +300,9 @@ class Bank:
                 return y
             x = self.method.source(site, args[0])
             if active.weights is None:
-                return self.method.one(site, x, y, active.params)
+                first = next(iter(layer._forward_hooks.values())) is act  # nobody else has seen y
+                formula = self.method.fused if first else self.method.one
+                return formula(site, x, y, active.params)
             if len(active.weights) != len(y):
                 raise ValueError(
                     f"the route has {len(active.weights)} rows, but {site.name} saw a batch of "
@@ -372,7 +374,8 @@ class Bank:
         for site in self.sites:
             stack = self._stacks.setdefault(site.name, {})
             for name, tensor in like[site.name].items():
-                bigger = tensor.new_zeros((capacity, *tensor.shape)).requires_grad_(False)
+                # rows that no module has yet are never read; memory that was never touched is free
+                bigger = tensor.new_empty((capacity, *tensor.shape)).requires_grad_(False)
                 if name in stack:
                     bigger[: self.count] = stack[name][: self.count]
                 stack[name] = bigger

@@ -115,6 +115,13 @@ class Method(ABC):
             The adapted output, shaped like ``y``.
         """
 
+    def fused(self, site: Site, x: Tensor, y: Tensor, p: Params) -> Tensor:
+        """As :meth:`one`, for a ``y`` that the frozen layer just gave and nobody else holds.
+
+        It may be overwritten, and its graph may be left out: its derivative is the layer's weight.
+        """
+        return self.one(site, x, y, p)
+
     @abstractmethod
     def mixed(self, site: Site, x: Tensor, y: Tensor, p: Params, weights: Tensor) -> Tensor:
         """Every sample through its own modules, in one pass.

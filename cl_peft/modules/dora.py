@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_peft.modules import fused
 from cl_peft.modules.base import Params, Site, linear_sites
 from cl_peft.modules.lora import LoRA
 
@@ -50,6 +51,17 @@ class DoRA(LoRA):
             base = y if site.bias is None else y - site.bias.to(y.dtype)
         u = (dropped @ p["A"].T.to(x.dtype)) * self.scale(site)
         return y + (ratio - 1) * base + ratio * (u @ p["B"].T.to(u.dtype))
+
+    def fused(self, site: Site, x: Tensor, y: Tensor, p: Params) -> Tensor:
+        """The same in place, without dropout; see ``fused.py``."""
+        ratio = p["ratio"] if "ratio" in p else p["m"] / self._norm(site, p)
+        dropped = self._training and self.dropout > 0
+        # the gradient divides by the ratio
+        if dropped or not fused.fits(site, x, y, p) or float(ratio.detach().abs().min()) < 0.01:
+            return self.one(site, x, y, p)
+        bias = y.new_zeros(site.d_out) if site.bias is None else site.bias
+        args = (x, y.detach(), p["A"], p["B"], ratio, site.weight, bias, self.scale(site))
+        return fused.ScaledLowRank.apply(*args)
 
     def mixed(self, site: Site, x: Tensor, y: Tensor, p: Params, weights: Tensor) -> Tensor:
         """``y_n + sum_k w_nk [(c_nk - 1)(y_n - b) + c_nk s x_n A_nk^T B_nk^T]``, ``c = m/n``."""

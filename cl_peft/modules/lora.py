@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from cl_peft.modules import fused
 from cl_peft.modules.base import Method, Params, Site, by_pattern, linear_sites, matches
 
 
@@ -87,6 +88,16 @@ class LoRA(Method):
             x = self._drop(x)
             u = x @ p["A"].T.to(x.dtype)
         return y + (u * self.scale(site)) @ p["B"].T.to(u.dtype)
+
+    def fused(self, site: Site, x: Tensor, y: Tensor, p: Params) -> Tensor:
+        """The same in place, where the layer is a plain one; see ``fused.py``."""
+        if not fused.fits(site, x, y, p):
+            return self.one(site, x, y, p)
+        keep, scale = None, self.scale(site)
+        if self._training and self.dropout > 0:
+            keep, share = fused.kept(x, self.dropout)
+            scale /= share
+        return fused.LowRank.apply(x, y.detach(), p["A"], p["B"], site.weight, scale, keep)
 
     def mixed(self, site: Site, x: Tensor, y: Tensor, p: Params, weights: Tensor) -> Tensor:
         """``y_n + s sum_k w_nk (x_n A_nk^T) B_nk^T``: k ranks side by side, two bmm."""

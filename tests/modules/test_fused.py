@@ -1,0 +1,218 @@
+"""The fused branch equals the plain formula, in value and gradient, wherever it is used."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from core_fixtures import CPU
+from torch import nn
+from virtual_cases import hidden, make
+
+from cl_peft.modules import fused
+from cl_peft.modules.bank import Bank
+from cl_peft.modules.base import Site
+from cl_peft.modules.dora import DoRA
+from cl_peft.modules.lora import LoRA
+
+KINDS = ["bert", "llama", "vit"]
+METHODS = {"lora": lambda **o: LoRA(rank=3, alpha=7.0, **o), "dora": lambda **o: DoRA(rank=3, **o)}
+
+
+def case(name="lora", bias=True, dtype=torch.float64, **options):
+    """A site, its method and parameters that matter."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=bias, dtype=dtype).requires_grad_(False)
+    site, method = Site("here", layer), METHODS[name](**options)
+    p = {"A": torch.randn(3, 6), "B": torch.randn(5, 3), "m": torch.rand(5) + 0.5}
+    names = "ABm" if name == "dora" else "AB"
+    return site, method, {n: p[n].to(dtype).requires_grad_(True) for n in names}
+
+
+def through_bank(site, method, p):
+    """The layer with a bank's hook on it, as a function of its input."""
+    bank = Bank(copy.copy(method), nn.ModuleDict({"0": site.layer}), CPU)
+    module = {bank.sites[0].name: p}
+
+    def forward(x):
+        with bank.use(module):
+            return site.layer(x)
+
+    return forward, bank
+
+
+def plain(site, method, p):
+    return lambda x: method.one(site, x, nn.functional.linear(x, site.weight, site.bias), p)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Counts uses of the fused functions."""
+    calls = []
+    for function in (fused.LowRank, fused.ScaledLowRank):
+        real = function.apply
+        monkeypatch.setattr(function, "apply", lambda *a, r=real: calls.append(1) or r(*a))
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_gradients_by_finite_differences(name, shape, bias):
+    site, _, p = case(name, bias)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    if name == "lora":
+
+        def forward(x, a, b):
+            y = nn.functional.linear(x, site.weight, site.bias).detach()
+            return fused.LowRank.apply(x, y, a, b, site.weight, 1.7, None)
+
+        assert torch.autograd.gradcheck(forward, (x, p["A"], p["B"]))
+        return
+
+    def scaled(x, a, b, c):
+        y = nn.functional.linear(x, site.weight, site.bias).detach()
+        bias = torch.zeros(5, dtype=torch.float64) if site.bias is None else site.bias
+        return fused.ScaledLowRank.apply(x, y, a, b, c, site.weight, bias, 1.7)
+
+    assert torch.autograd.gradcheck(scaled, (x, p["A"], p["B"], p["m"]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_value_and_gradients_equal_the_plain_formula(name, bias, used):
+    site, method, p = case(name, bias)
+    forward, _ = through_bank(site, method, p)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, 4, 5, dtype=torch.float64)
+    ours, theirs = forward(x), plain(site, method, p)(x)
+    assert len(used) == 1
+    torch.testing.assert_close(ours, theirs)
+    leaves = [x, *p.values()]
+    mine = torch.autograd.grad((ours * direction).sum(), leaves)
+    for a, b in zip(mine, torch.autograd.grad((theirs * direction).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_equals_the_plain_formula(kind, name, used, monkeypatch):
+    model, batch = make(kind)
+    bank = Bank(METHODS[name](), model, CPU)
+    module = bank.fresh(torch.Generator().manual_seed(0))
+    for params in module.values():
+        params["B"].data.normal_(std=0.1)
+    leaves = [t for params in module.values() for t in params.values()]
+
+    def run():
+        with bank.use(module):
+            out = hidden(model, batch)
+        weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+    ours = run()
+    assert len(used) == len(bank.sites)
+    monkeypatch.setattr(fused, "fits", lambda *_: False)
+    theirs = run()
+    assert len(used) == len(bank.sites)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_dropout_drops_the_branch_alone(used):
+    """Given what is kept, the naive twin is ``y + s/(1-p) (x keep) A^T B^T``."""
+    site, method, p = case(dropout=0.25)
+    forward, bank = through_bank(site, method, p)
+    x = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
+    bank.method.training_mode(True)
+    torch.manual_seed(3)
+    ours = forward(x)
+    torch.manual_seed(3)
+    keep, share = fused.kept(x, 0.25)
+    assert share == 0.75
+    assert len(used) == 1
+    y = nn.functional.linear(x, site.weight, site.bias)
+    theirs = y + 7 / 3 / share * (x * keep) @ p["A"].T @ p["B"].T
+    torch.testing.assert_close(ours, theirs)
+    leaves, direction = [x, *p.values()], torch.randn(50, 5, dtype=torch.float64)
+    mine = torch.autograd.grad((ours * direction).sum(), leaves)
+    for a, b in zip(mine, torch.autograd.grad((theirs * direction).sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(forward(x), ours)  # drawn anew every time
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_what_dropout_keeps(p):
+    torch.manual_seed(0)
+    x = torch.ones(400, 501)
+    keep, share = fused.kept(x, p)
+    assert abs(share - (1 - p)) <= 2**-17
+    assert set(np.unique(keep)) == {0.0, 1.0}
+    assert keep.shape == x.shape
+    error = 4.5 * (p * (1 - p)) ** 0.5
+    assert abs(float(keep.mean()) - share) < error / keep.numel() ** 0.5
+    for lag in (1, 2, 3, 4, 501):  # neighbours know nothing of one another
+        flat = keep.flatten() - share
+        together = float((flat[lag:] * flat[:-lag]).mean())
+        assert abs(together) < 4.5 * p * (1 - p) / keep.numel() ** 0.5, lag
+    torch.manual_seed(0)
+    assert torch.equal(fused.kept(x, p)[0], keep)
+
+
+def test_only_what_asks_gets_a_gradient():
+    site, method, p = case()
+    forward, _ = through_bank(site, method, p)
+    p["A"].requires_grad_(False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    forward(x).sum().backward()
+    assert p["A"].grad is None
+    assert x.grad is None
+    torch.testing.assert_close(p["B"].grad, (7 / 3 * (x @ p["A"].T).sum(0)).expand(5, 3))
+
+
+def test_an_output_that_someone_else_holds_is_not_overwritten(used):
+    """A hook that came first keeps the frozen output, and may have changed it."""
+    site, method, p = case()
+    held = []
+
+    def first(layer, args, y):
+        held.append(y)
+        return 2 * y
+
+    site.layer.register_forward_hook(first)
+    forward, _ = through_bank(site, method, p)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    out = forward(x)
+    assert not used
+    frozen = nn.functional.linear(x, site.weight, site.bias)
+    assert torch.equal(held[0], frozen)
+    branch = 7 / 3 * x @ p["A"].T @ p["B"].T
+    torch.testing.assert_close(out, 2 * frozen + branch)
+    (mine,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    torch.testing.assert_close(mine, torch.autograd.grad((2 * frozen + branch).sum(), x)[0])
+
+
+def test_a_hook_that_comes_later_sees_the_result():
+    site, method, p = case()
+    forward, _ = through_bank(site, method, p)
+    site.layer.register_forward_hook(lambda layer, args, y: y * y)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    expected = plain(site, method, p)(x) ** 2
+    torch.testing.assert_close(forward(x), expected)
+    (mine,) = torch.autograd.grad(forward(x).sum(), x)
+    torch.testing.assert_close(mine, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_what_does_not_fit_takes_the_plain_way(used):
+    site, method, p = case(dtype=torch.float32)
+    forward, _ = through_bank(site, method, p)
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert forward(x).dtype == torch.bfloat16
+    site.layer.requires_grad_(True)
+    forward(x)
+    site, method, p = case("dora")
+    p["m"].data[1] = 0.0  # c would divide by zero in the gradient
+    forward, _ = through_bank(site, method, p)
+    assert torch.isfinite(torch.autograd.grad(forward(x.double()).sum(), p["m"])[0]).all()
+    assert not used
