@@ -27,7 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cl_peft.view import ResultView, duration, percent, size, sweep_status
+from cl_peft.group import sweep_status
+from cl_peft.view import ResultView, duration, percent, size
 
 if TYPE_CHECKING:
     import numpy as np

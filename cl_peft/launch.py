@@ -277,7 +277,7 @@ def _record_refused(cfg: DictConfig, error: ConfigError) -> None:
 def _sweep_table(path: Path) -> None:
     """Show and store the table of all jobs in a group."""
     from cl_peft.console import Console
-    from cl_peft.view import sweep_status
+    from cl_peft.group import sweep_status
 
     write_atomic(path, sweep_status(path.parent).to_csv(index=False).encode())
     Console().status(path.parent)

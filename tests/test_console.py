@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from fake_run import config, write_run
 
-from cl_peft.console import Console, ResultView, sweep_status
+from cl_peft.console import Console, ResultView
 from cl_peft.errors import DamagedRunError
-from cl_peft.view import differences, duration, percent, size
+from cl_peft.group import differences, sweep_status
+from cl_peft.view import duration, percent, size
 
 
 class Terminal(io.StringIO):

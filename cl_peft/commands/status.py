@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cl_peft.view import duration, percent, sweep_status
+from cl_peft.group import sweep_status
+from cl_peft.view import duration, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ def show(folder: Path, console: Console | None = None) -> pd.DataFrame:
         console: Where; the terminal if None.
 
     Returns:
-        The table, as :func:`cl_peft.view.sweep_status` gives it.
+        The table, as :func:`cl_peft.group.sweep_status` gives it.
     """
     out = console or _terminal()
     status = sweep_status(folder)
@@ -82,7 +83,7 @@ def view(status: pd.DataFrame, folder: Path, plain: bool = False) -> Group:
     """The table with a line of counts above it.
 
     Args:
-        status: As :func:`cl_peft.view.sweep_status` gives it.
+        status: As :func:`cl_peft.group.sweep_status` gives it.
         folder: The group's folder.
         plain: ASCII only.
     """
