@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.folders import load_predictions, load_stream, open_run
-from analysis.load import NOT_IDENTITY
 from analysis.statistics import mcnemar
 from analysis.tables import to_markdown
 from cl_peft import metrics
+from cl_peft.config import NOT_IDENTITY
 from cl_peft.errors import DataError
 
 #: Numbers made of an accuracy matrix, for both routings.

@@ -33,6 +33,7 @@ from analysis.folders import (
     run_folders,
 )
 from cl_peft.archives import short_name
+from cl_peft.config import NOT_IDENTITY
 from cl_peft.errors import DamagedRunError, DataError, did_you_mean
 
 __all__ = [
@@ -67,9 +68,6 @@ RUN_COLUMNS = ("run", "group", "state", *list(CONFIG_COLUMNS)[1:])
 SEED_COLUMNS = ("seed_order", "seed_init", "seed_data")
 #: Columns of the run table that say how a run went, not what it was asked to do.
 PROGRESS_COLUMNS = ("finished", "tasks_done", "tasks", "seconds", "error", "folder")
-#: Keys of the configuration that change nothing that is computed (as in the identity of a run).
-NOT_IDENTITY = ("paths", "tracker", "hydra", "group", "fresh", "device", "threads",
-                "cache", "bounds", "fail_fast")  # fmt: skip
 
 
 def load_runs(

@@ -20,7 +20,7 @@ from torch import Tensor
 from cl_peft import metrics
 from cl_peft.backbones.features import Features
 from cl_peft.learners.base import Learner
-from cl_peft.memo import Memo, Questions
+from cl_peft.memo import Memo, Questions, among_tasks
 from cl_peft.routers.base import Router
 from cl_peft.streams.base import Stream, Task
 
@@ -116,10 +116,7 @@ class Evaluator:
             by_class = self.router.by_class(choice)
         else:
             chosen, routed, by_class = np.full(len(rows), -1), oracle, True
-        allowed = torch.full((len(self.stream.tasks), oracle.shape[1]), float("-inf"))
-        for task in self.stream.tasks:
-            allowed[task.index, list(task.owned)] = 0.0
-        mask = allowed[torch.from_numpy(true)]
+        mask = among_tasks(self.stream.tasks, oracle.shape[1])[torch.from_numpy(true)]
         label = routed.argmax(1).numpy()  # not of the softmax, which rounds near ties to ties
         if self.stream.scenario == "task":  # the task is given, so its classes are
             label, chosen = _best(routed + mask), true

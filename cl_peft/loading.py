@@ -26,7 +26,7 @@ from cl_peft.config import Seeds, build
 from cl_peft.console import Console
 from cl_peft.errors import ConfigError, DamagedRunError, DataError
 from cl_peft.learners.base import Learner, Tools
-from cl_peft.memo import Memo, Questions
+from cl_peft.memo import Memo, Questions, among_tasks
 from cl_peft.modules.bank import Bank
 from cl_peft.modules.head import Head
 from cl_peft.routers.base import Router
@@ -212,7 +212,8 @@ class LoadedRun:
         finally:
             learner.tools.features.forget()  # a server would keep every input it ever saw
         if tasks is not None:
-            logits = logits + self._allowed()[torch.from_numpy(chosen)]
+            mask = among_tasks(self.tasks, len(self.class_names))
+            logits = logits + mask[torch.from_numpy(chosen)]
         labels = logits.argmax(1).numpy()
         if tasks is None and by_class:
             owner = self._owners()[labels]
@@ -232,13 +233,6 @@ class LoadedRun:
         if chosen.min() < 0 or chosen.max() >= len(self.tasks):
             raise ConfigError(f"tasks: {self.folder} has finished tasks 1 to {len(self.tasks)}.")
         return chosen
-
-    def _allowed(self) -> Tensor:
-        """``(tasks, classes)``: 0 for a task's own classes, else -inf."""
-        allowed = torch.full((len(self.tasks), len(self.class_names)), float("-inf"))
-        for task in self.tasks:
-            allowed[task.index, list(task.owned)] = 0.0
-        return allowed
 
     def _owners(self) -> np.ndarray:
         """``(classes,)`` task that alone owns a class; -1 where several or none do."""

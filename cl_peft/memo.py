@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_peft.backbones.features import Features
 from cl_peft.learners.base import Learner
+from cl_peft.streams.base import Task
 
 #: A unit, and an example by its true task and its row in the source.
 Key = tuple[str, int, int]
@@ -44,6 +45,14 @@ class Memo:
         """Remember the rows of a frame with :attr:`COLUMNS`."""
         keys = zip(frame["unit"], frame["task"].tolist(), frame["row"].tolist(), strict=True)
         self._entries.update(zip(keys, frame["logits"], strict=True))
+
+
+def among_tasks(tasks: Sequence[Task], n_classes: int) -> Tensor:
+    """``(tasks, classes)``: 0 for a task's own classes, else ``-inf``; to be added to logits."""
+    mask = torch.full((len(tasks), n_classes), float("-inf"))
+    for row, task in enumerate(tasks):
+        mask[row, list(task.owned)] = 0.0
+    return mask
 
 
 class Questions:

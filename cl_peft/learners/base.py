@@ -218,18 +218,30 @@ class Learner(ABC):
             )
 
         for rows, pooled in self._evaluated(inputs, route, title):
-            mine = weights[torch.from_numpy(rows)]
-            answer = torch.full((len(rows), self.tools.n_classes), float("-inf"))
-            for task, key in enumerate(keys):
-                asked = torch.nonzero(mine[:, task] > 0).flatten()
-                if key is None or not len(asked):
-                    continue
-                head = self.units[key].head
-                own = head(pooled[asked.to(pooled.device)]).float().log_softmax(1).cpu()
-                index = (asked[:, None], torch.tensor(head.classes)[None])
-                answer[index] = torch.maximum(answer[index], own + mine[asked, task].log()[:, None])
-            out[torch.from_numpy(rows)] = answer
+            where = torch.from_numpy(rows)
+            out[where] = self.weighted_heads(pooled, weights[where])
         return out
+
+    def weighted_heads(self, pooled: Tensor, weights: Tensor) -> Tensor:
+        r"""``log w_t + log softmax_t(h_t(f))_c`` over all classes; see :meth:`mixture`.
+
+        Args:
+            pooled: ``(B, H)`` features.
+            weights: ``(B, T)`` over the tasks' units, on the CPU.
+
+        Returns:
+            ``(B, classes)`` float32 on the CPU.
+        """
+        answer = torch.full((len(pooled), self.tools.n_classes), float("-inf"))
+        for task in range(weights.shape[1]):
+            key, asked = self.unit_for(task), torch.nonzero(weights[:, task] > 0).flatten()
+            if key is None or not len(asked):
+                continue
+            head = self.units[key].head
+            own = head(pooled[asked.to(pooled.device)]).float().log_softmax(1).cpu()
+            index = (asked[:, None], torch.tensor(head.classes)[None])
+            answer[index] = torch.maximum(answer[index], own + weights[asked, task].log()[:, None])
+        return answer
 
     def _evaluated(
         self,

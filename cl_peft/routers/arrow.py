@@ -20,9 +20,8 @@ feature ``f``: ``z_c = log w_t + log softmax_t(h_t(f))_c``. Modules: LoRA on lin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ class Arrow(Router):
             weights = torch.stack(sums).mean(0).cpu()
             where = torch.from_numpy(rows)
             scores[where] = weights
-            logits[where] = _heads(pooled, weights, [u.head for u in units], questions.n_classes)
+            logits[where] = learner.weighted_heads(pooled, weights)
         learner.passes += len(questions)
         return Choice.best(scores), logits
 
@@ -159,12 +158,3 @@ def main_direction(a: Tensor, b: Tensor) -> Tensor:
     _, _, vh = torch.linalg.svd(r_b @ r_a.T)
     direction: Tensor = q_a @ vh[0]
     return direction
-
-
-def _heads(pooled: Tensor, weights: Tensor, heads: list[Any], n_classes: int) -> Tensor:
-    out = torch.full((len(pooled), n_classes), float("-inf"))
-    for t, head in enumerate(heads):
-        own = head(pooled).float().log_softmax(1).cpu() + weights[:, t : t + 1].log()
-        classes = np.asarray(head.classes)
-        out[:, classes] = torch.maximum(out[:, classes], own)
-    return out
