@@ -233,7 +233,7 @@ def main() -> None:
             }
         )
         print(json.dumps(series[-1]))
-    about = "all-MiniLM-L6-v2, 48 training and 16 test texts of about 40 tokens per task, 3 epochs"
+    about = "all-MiniLM-L6-v2, 48 training and 16 test texts per task, 3 epochs"
     write("stream", "Whole stream", about, rows, series=series)
 
 
