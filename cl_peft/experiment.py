@@ -50,6 +50,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     tracker = world.learner.tools.tracker
     tracker.start(run_id(config), config["group"], dict(config), folder.path)
     try:
+        world.check_room()
         world.resume(folder)
         world.prefetch()
         for task in _counted(stream, folder.done, console):

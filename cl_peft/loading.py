@@ -39,7 +39,8 @@ from cl_peft.tracking import Tracker
 def wire(
     config: Mapping[str, Any],
     features: Features,
-    sizes: tuple[int, int],
+    class_names: Sequence[str],
+    n_tasks: int,
     console: Console,
     tracker: Tracker,
 ) -> tuple[Learner, Router]:
@@ -48,7 +49,8 @@ def wire(
     Args:
         config: As returned by :func:`cl_peft.config.validate`.
         features: Frozen features of the backbone.
-        sizes: Number of classes and of tasks of the stream.
+        class_names: Of the whole stream.
+        n_tasks: Of the whole stream.
         console: Where progress is shown.
         tracker: Who mirrors what is measured.
     """
@@ -64,8 +66,8 @@ def wire(
             trainer=build(config["trainer"]),
             optimizer=build(config["optimizer"]),
             seeds=seed,
-            n_classes=sizes[0],
-            n_tasks=sizes[1],
+            class_names=tuple(class_names),
+            n_tasks=n_tasks,
             console=console,
             tracker=tracker,
         )
@@ -270,9 +272,10 @@ def load_run(
     backbone.load(cache, where, int(config["seed"]["init"]), progress)
     _check_backbone(folder, backbone)
     features = Features(backbone, None, build(config["trainer"]).eval_batch_size)
-    sizes = len(stream["class_names"]), len(stream["tasks"])
     quiet = Console(io.StringIO(), io.StringIO())
-    learner, router = wire(config, features, sizes, quiet, Tracker())
+    learner, router = wire(
+        config, features, stream["class_names"], len(stream["tasks"]), quiet, Tracker()
+    )
     nothing = Split(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
     tasks = tuple(
         Task(

@@ -22,6 +22,7 @@ from cl_peft.backbones.base import Backbone, choose_device
 from cl_peft.backbones.features import Features
 from cl_peft.config import Seeds, build, run_id
 from cl_peft.console import Bar, Console
+from cl_peft.errors import ConfigError
 from cl_peft.evaluation import Evaluator
 from cl_peft.learners.base import Learner
 from cl_peft.memo import Memo, Questions
@@ -64,10 +65,34 @@ class World:
         store = ContentStore(cache) if config["cache"] == "on" else None
         features = Features(backbone, store, batch_size, progress)
         tracker: Tracker = build(config["tracker"])
-        sizes = len(stream.class_names), len(stream.tasks)
-        learner, router = loading.wire(config, features, sizes, console, tracker)
+        names, n_tasks = stream.class_names, len(stream.tasks)
+        learner, router = loading.wire(config, features, names, n_tasks, console, tracker)
         evaluator = Evaluator(run_id(config), stream, learner, router, features)
         return World(config, stream, backbone, features, router, learner, evaluator)
+
+    def check_room(self) -> None:
+        """Virtual tokens and the longest text must fit the backbone's positions together.
+
+        Raises:
+            ConfigError: They do not; says what does.
+        """
+        virtual = self.learner.tools.bank.method.virtual * self.learner.at_once
+        limit = self.backbone.positions
+        if not virtual or limit is None or self.backbone.longest + virtual <= limit:
+            return  # no text can be too long: nothing to tokenize
+        splits = [s for t in self.stream.tasks for s in (t.train, t.validation, t.test) if len(s)]
+        longest = max(int(self.features.encoded(s.inputs).lengths.max()) for s in splits)
+        if longest + virtual > limit:
+            raise ConfigError(
+                f"the longest text has {longest} tokens, and a sample has up to {virtual} virtual "
+                f"ones (module.tokens, learner={self.config['learner']['name']}): together they "
+                f"need {longest + virtual} positions, and the backbone has {limit}. Use "
+                f"backbone.max_length={limit - virtual} or less, or a smaller module.tokens."
+                if virtual < limit
+                else f"a sample has up to {virtual} virtual tokens (module.tokens, learner="
+                f"{self.config['learner']['name']}), and the backbone has {limit} positions in "
+                "all. Use a smaller module.tokens."
+            )
 
     def facts(self) -> dict[str, Any]:
         """What provenance.json records besides the environment."""
@@ -115,6 +140,7 @@ class World:
             torch.__version__.split("+")[0],
             axes,
             dict(self.config["seed"], order=None),
+            self.learner.tools.class_names,  # modules may start from them
             self.backbone.key(),
             self.backbone.device.type,
             torch.get_num_threads(),  # sums are split among threads, and round differently

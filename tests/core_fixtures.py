@@ -90,7 +90,7 @@ def world(
             trainer=trainer,
             optimizer=AdamW(lr=lr),
             seeds=Seeds(init=seed),
-            n_classes=len(stream.class_names),
+            class_names=stream.class_names,
             n_tasks=len(stream.tasks),
             console=quiet(),
             tracker=tracker or Tracker(),

@@ -144,6 +144,20 @@ class Backbone(ABC):
         return self.pool(self.model(**batch, **self.options).last_hidden_state, batch)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that the model can take; None where there is no limit to speak of."""
+        return None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that :meth:`encode` gives at most."""
+        return 1
+
+    def words(self, names: Sequence[str]) -> list[Tensor]:
+        """Token ids of names; empty where the backbone reads no text."""
+        return []
+
+    @property
     def depth(self) -> int:
         """Number of layers."""
         return int(self.model.config.num_hidden_layers)
@@ -338,6 +352,22 @@ class TextBackbone(Backbone):
         whole = sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         name = repr((type(self.tokenizer).__name__, whole))
         self._tokenizer_name = hashlib.sha256(name.encode()).hexdigest()
+
+    @property
+    def positions(self) -> int | None:
+        """Positions of the model; None for models without a limit."""
+        return _positions(self.model)
+
+    @property
+    def longest(self) -> int:
+        """Where texts are cut."""
+        return self.max_length
+
+    def words(self, names: Sequence[str]) -> list[Tensor]:
+        """Token ids of names, without special tokens; ``_`` is read as a space."""
+        spoken = [name.replace("_", " ") for name in names]
+        ids = self.tokenizer(spoken, add_special_tokens=False)["input_ids"]
+        return [torch.tensor(row, dtype=torch.long) for row in ids]
 
     def _prepare_tokenizer(self) -> None:
         if self.tokenizer.pad_token_id is None:

@@ -41,10 +41,19 @@ class Tools:
     trainer: Trainer
     optimizer: OptimizerFactory
     seeds: Seeds
-    n_classes: int
+    class_names: tuple[str, ...]
     n_tasks: int
     console: Console
     tracker: Tracker
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes of the whole stream."""
+        return len(self.class_names)
+
+    def words(self, classes: Sequence[int]) -> list[Tensor]:
+        """Token ids of what classes are called, for modules that start from words."""
+        return self.backbone.words([self.class_names[c] for c in classes])
 
 
 @dataclass(frozen=True)
@@ -146,6 +155,11 @@ class Learner(ABC):
     def unit_for(self, task: int) -> int | None:
         """Key of the unit that answers for a task; None where there is none (yet)."""
         return task if task in self.units else None
+
+    @property
+    def at_once(self) -> int:
+        """How many modules one sample goes through at the same time, at most."""
+        return 1
 
     def snapshot(self) -> dict[str, Tensor]:
         """Tensors of the newest unit, as stored on disk; empty if the last task made none."""
@@ -363,7 +377,7 @@ class Learner(ABC):
     def _fresh(self, task: Task) -> tuple[Module, Head]:
         """A fresh module and a head for the task's classes, decided by (seed.init, task)."""
         random = generator(self.tools.seeds.init, task.index)
-        module = self.tools.bank.fresh(random)
+        module = self.tools.bank.fresh(random, self.tools.words(task.classes))
         return module, Head.fresh(task.classes, self.tools.backbone.width, random, self._device)
 
     def _unit(self, row: int, head: Head, others: Sequence[tuple[int, float]] = ()) -> Unit:

@@ -55,6 +55,11 @@ class DualPrompt(PromptPool):
         super().__init__(**common)
         self.pull, self.copy_last = pull, copy_last
 
+    @property
+    def at_once(self) -> int:
+        """The general prompt and an expert."""
+        return 2
+
     def _start(self, random: torch.Generator) -> Pool:
         general, experts = self._draw(2, random).split(1)
         keys = torch.rand(1, self.tools.backbone.width, generator=random)

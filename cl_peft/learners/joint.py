@@ -38,8 +38,8 @@ class Joint(SharedModule):
         if self.when == "last" and task.index + 1 < self.tools.n_tasks:
             return
         random = generator(self.tools.seeds.init, task.index)
-        module = self.tools.bank.fresh(random)
         classes = tuple(dict.fromkeys(c for t in self._seen for c in t.classes))
+        module = self.tools.bank.fresh(random, self.tools.words(classes))
         head = Head.fresh(classes, self.tools.backbone.width, random, self._device)
         train = _union([t.train for t in self._seen])
         self._fit(task, module, head, train, _union([t.validation for t in self._seen]))

@@ -59,6 +59,11 @@ class L2P(PromptPool):
             )
         self.size, self.top_k, self.pull = size, top_k, pull
 
+    @property
+    def at_once(self) -> int:
+        """The chosen prompts."""
+        return self.top_k
+
     def _start(self, random: torch.Generator) -> Pool:
         if self.pool:
             return self.pool

@@ -46,6 +46,11 @@ class Progressive(Learner):
         """Put the prompt back into the bank."""
         self._keep(task.index, *self._load(tensors, task.index))
 
+    @property
+    def at_once(self) -> int:
+        """The prompts of all tasks."""
+        return self.tools.n_tasks
+
     def _keep(self, task: int, module: Module, head: Head) -> None:
         row = self.tools.bank.add(module)
         self.units[task] = self._unit(row, head, [(other, 1.0) for other in reversed(range(row))])

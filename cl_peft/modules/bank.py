@@ -106,11 +106,17 @@ class Bank:
 
     # ------------------------------------------------------------------ modules
 
-    def fresh(self, generator: torch.Generator) -> Module:
-        """A new module that is not in the bank yet: leaf tensors that ask for gradients."""
+    def fresh(self, generator: torch.Generator, words: Sequence[Tensor] = ()) -> Module:
+        """A new module that is not in the bank yet: leaf tensors that ask for gradients.
+
+        Args:
+            generator: Where its random numbers come from.
+            words: Token ids of the names of the classes that it will learn, for methods that start
+                from them.
+        """
         module = {}
         for site in self.sites:
-            params = self.method.init(site, generator)
+            params = self.method.worded(site, self.method.init(site, generator), words)
             module[site.name] = {
                 name: tensor.to(self.device).requires_grad_(True) for name, tensor in params.items()
             }

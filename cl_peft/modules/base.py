@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -89,6 +90,11 @@ class Method(ABC):
     #: Whether any weights make sense in a route, not 0 and 1 alone.
     weightable: ClassVar[bool] = True
 
+    @property
+    def virtual(self) -> int:
+        """How many of the backbone's positions a module takes."""
+        return 0
+
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
         """Places where this method acts.
@@ -100,6 +106,16 @@ class Method(ABC):
     @abstractmethod
     def init(self, site: Site, generator: torch.Generator) -> Params:
         """Fresh parameters of one module at ``site``, float32 on the CPU."""
+
+    def worded(self, site: Site, p: Params, words: Sequence[Tensor]) -> Params:
+        """Fresh parameters that start from what the classes are called; by default they do not.
+
+        Args:
+            site: Where.
+            p: What :meth:`init` gave.
+            words: Token ids of each class's name; empty where the backbone reads no text.
+        """
+        return p
 
     @abstractmethod
     def one(self, site: Site, x: Tensor, y: Tensor, p: Params) -> Tensor:

@@ -7,9 +7,11 @@ the table's rows pass through (positions, normalisation), as in Hugging Face pef
 are dropped, so pooling sees the text's own tokens. In a vision transformer they stand beside CLS
 and patches behind the embedding layer (VPT-shallow: Jia et al. 2022, arXiv:2203.12119).
 
-Start: rows of the vocabulary, drawn without replacement from the first 5000 (section 3.2); or
-``U(-0.5, 0.5)``. Images have no vocabulary: there ``U(-v, v)`` with ``v = sqrt(6 / (channels
-patch^2 + H))``, as in VPT's code. A fresh prompt changes the output. Parameters: ``tokens H``.
+Start: rows of the vocabulary, drawn without replacement from the first 5000; or the names of the
+task's classes, each the mean of its tokens' rows, in order of class ids, and rows of the vocabulary
+where there are more tokens than classes; or ``U(-0.5, 0.5)`` (section 3.2 has the three). Images
+have no vocabulary: there ``U(-v, v)`` with ``v = sqrt(6 / (channels patch^2 + H))``, as in VPT's
+code. A fresh prompt changes the output. Parameters: ``tokens H``.
 
 Several prompts of one sample stand one after another (Progressive Prompts: Razdaibiedina et al.
 2023, arXiv:2301.12314).
@@ -18,6 +20,7 @@ Several prompts of one sample stand one after another (Progressive Prompts: Razd
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -47,11 +50,15 @@ class Prompt(VirtualTokens):
 
     Args:
         tokens: Number of virtual tokens, ``P``.
-        init: ``vocabulary``: rows of the embedding table; ``uniform``: ``U(-0.5, 0.5)``.
+        init: ``vocabulary``: rows of the embedding table; ``labels``: names of the task's classes
+            (learners with a pool of prompts start from the vocabulary all the same); ``uniform``:
+            ``U(-0.5, 0.5)``.
     """
 
     def __init__(
-        self, tokens: PositiveInt = 20, init: Literal["vocabulary", "uniform"] = "vocabulary"
+        self,
+        tokens: PositiveInt = 20,
+        init: Literal["vocabulary", "labels", "uniform"] = "vocabulary",
     ) -> None:
         self.count, self.start = tokens, init
 
@@ -67,7 +74,12 @@ class Prompt(VirtualTokens):
                     f"module.name=prompt: {type(model).__name__} has no embedding layer to put "
                     "virtual tokens behind. Use module=lora, or a ViT."
                 )
-        elif self.start == "vocabulary" and self.count > (most := len(_vocabulary(model))):
+            if self.start == "labels":
+                raise ConfigError(
+                    "module.init=labels: images have no words to start from. Use "
+                    "module.init=vocabulary, or uniform."
+                )
+        elif self.start != "uniform" and self.count > (most := len(_vocabulary(model))):
             raise ConfigError(
                 f"module.tokens={self.count}: the vocabulary has {most} rows to start from. Use "
                 f"module.tokens={most} or less, or module.init=uniform."
@@ -79,7 +91,7 @@ class Prompt(VirtualTokens):
         config = config_of(site.layer)
         if not reads_images(site.layer):
             rows = _vocabulary(site.layer)
-            if self.start == "vocabulary":
+            if self.start != "uniform":
                 chosen = torch.randperm(len(rows), generator=generator)[: self.count]
                 return {"tokens": rows[chosen.to(rows.device)].float().cpu()}
             width = rows.shape[1]
@@ -90,6 +102,15 @@ class Prompt(VirtualTokens):
             bound = math.sqrt(6 / (config.num_channels * config.patch_size**2 + width))
         tokens = torch.empty(self.count, width)
         return {"tokens": tokens.uniform_(-bound, bound, generator=generator)}
+
+    def worded(self, site: Site, p: Params, words: Sequence[Tensor]) -> Params:
+        """The first tokens become the mean rows of the classes' names, if that was asked for."""
+        if self.start != "labels" or not words:
+            return p
+        table = _table(site.layer)
+        means = [table[ids.to(table.device)].float().mean(0).cpu() for ids in words if len(ids)]
+        means = means[: self.count]
+        return {"tokens": torch.cat([torch.stack(means), p["tokens"][len(means) :]])}
 
     def peft_config(self, sites: list[Site]) -> dict[str, Any] | None:
         """A ``PromptTuningConfig``; none for images, where peft has no prompts."""
@@ -206,6 +227,10 @@ class _Insertion:
 
 def _vocabulary(model: nn.Module) -> Tensor:
     """The rows that prompts start from."""
+    return _table(model)[:FREQUENT]
+
+
+def _table(model: nn.Module) -> Tensor:
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     assert isinstance(weight, Tensor)
-    return weight[:FREQUENT]
+    return weight

@@ -31,6 +31,11 @@ class VirtualTokens(Method):
     count: int
     weightable: ClassVar[bool] = False
 
+    @property
+    def virtual(self) -> int:
+        """``P``."""
+        return self.count
+
     def tokens(self, site: Site, p: Params) -> Tensor:
         """The virtual tokens ``(P, ...)`` that parameters stand for."""
         return p["tokens"]

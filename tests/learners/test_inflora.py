@@ -222,7 +222,7 @@ def test_embeddings_are_refused():
         trainer=Trainer(),
         optimizer=AdamW(),
         seeds=Seeds(),
-        n_classes=len(stream.class_names),
+        class_names=stream.class_names,
         n_tasks=3,
         console=quiet(),
         tracker=Tracker(),

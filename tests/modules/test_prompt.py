@@ -1,4 +1,5 @@
 import copy
+import json
 import signal
 
 import pytest
@@ -257,6 +258,52 @@ def test_what_does_not_fit_the_positions_is_refused_with_a_way_out():
         short = {k: v[:, : L - 1] for k, v in batch.items()}
         with bank.use(fresh(bank)):
             small(**short)
+
+
+def test_starts_from_the_names_of_the_classes():
+    torch.manual_seed(0)
+    bank = Bank(Prompt(tokens=4, init="labels"), make("bert")[0], CPU)
+    table = bank.sites[0].layer.get_input_embeddings().weight
+    names = [torch.tensor([7]), torch.tensor([], dtype=torch.long), torch.tensor([3, 9, 9])]
+    generator = torch.Generator().manual_seed(1)
+    tokens = bank.fresh(generator, names)["input"]["tokens"]
+    torch.testing.assert_close(tokens[0], table[7])
+    torch.testing.assert_close(tokens[1], (table[3] + 2 * table[9]) / 3)
+    plain = Bank(Prompt(tokens=4), bank.sites[0].layer, CPU)
+    drawn = plain.fresh(torch.Generator().manual_seed(1), names)["input"]["tokens"]
+    assert torch.equal(tokens[2:], drawn[2:])  # more tokens than names: rows of the vocabulary
+    assert not torch.equal(tokens[:2], drawn[:2])
+    many = [torch.tensor([i]) for i in range(1, 9)]
+    assert torch.equal(bank.fresh(generator, many)["input"]["tokens"], table[1:5])
+    assert tokens.requires_grad
+    assert tokens.is_leaf
+
+
+def test_a_run_starts_its_prompts_from_its_own_classes():
+    model = tiny()
+    (ids,) = model.words(["card_arrival"])
+    assert torch.equal(ids, model.words(["card arrival"])[0])
+    # with a rate of almost nothing a finished prompt is its start
+    args = ("debug=smoke", "module=prompt", "module.tokens=2", "module.init=labels")
+    folder = run(*args, "optimizer.lr=1e-12", "trainer.epochs=1", "backbone=tiny")
+    stream = json.loads((folder / "stream.json").read_text())
+    table = model.model.get_input_embeddings().weight
+    for task in stream["tasks"]:
+        stored = load_file(folder / f"tasks/{task['task']:03d}/module.safetensors")
+        names = [stream["class_names"][c] for c in task["classes"]][:2]
+        starts = torch.stack([table[ids].mean(0) for ids in model.words(names)])
+        torch.testing.assert_close(stored["input/tokens"], starts, atol=1e-6, rtol=0)
+
+
+def test_too_many_virtual_tokens_are_refused_before_training(capsys):
+    args = ("debug=smoke", "module=prompt", "module.tokens=50", "backbone.max_length=64")
+    for learner, virtual in (("progressive", 150), ("l2p", 250)):
+        with pytest.raises(ConfigError, match=f"up to {virtual} virtual") as error:
+            run(*args, f"learner={learner}")
+        assert "smaller module.tokens" in str(error.value)
+    with pytest.raises(ConfigError, match=r"Use backbone.max_length=\d+ or less"):
+        run(*args, "learner=progressive", "module.tokens=40")
+    assert "epoch" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
