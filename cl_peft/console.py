@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
+from rich.console import Group
 from rich.progress import (
     BarColumn,
     Progress,
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-__all__ = ["Bar", "Console", "ResultView", "status_table", "sweep_status"]
+__all__ = ["Bar", "Console", "ResultView", "group_view", "sweep_status"]
 
 #: Width where no terminal sets one: both matrices of six tasks fit side by side.
 PLAIN_WIDTH = 100
 #: A longer matrix shows its first and last rows.
 MAX_ROWS = 20
+STATE_STYLES = {"failed": "red", "damaged": "red", "refused": "red", "running": "yellow"}
 RESULT_AXES = ("stream", "module", "router", "learner")
 MATRICES = ("oracle", "routed")
 LEGEND = "oracle: each sample's true task is given; routed: the router chooses it"
@@ -180,10 +182,8 @@ class Console:
 
     def status(self, folder: Path) -> None:
         """Print the table of all runs of a group."""
-        status = sweep_status(folder)
         self._line("")
-        self._line(f"{len(status)} run{'s' * (len(status) != 1)} in {folder}", style="bold")
-        self._out.print(status_table(status, plain=not self._out.is_terminal))
+        self._out.print(group_view(sweep_status(folder), folder, plain=not self._out.is_terminal))
 
     def _line(self, text: str, style: str = "") -> None:
         self._out.print(Text(text, style=style), soft_wrap=True)
@@ -241,34 +241,43 @@ class _Amount(ProgressColumn):
         return Text(text, no_wrap=True, justify="right")
 
 
-def status_table(status: pd.DataFrame, plain: bool = False) -> Table:
-    """A table of all runs of a group.
+def group_view(
+    status: pd.DataFrame, folder: Path, plain: bool = False, folders: bool = False
+) -> Group:
+    """All runs of a group as a table, with a line of counts above it.
 
     Args:
         status: As :func:`sweep_status` gives it.
+        folder: The group's folder.
         plain: ASCII only.
+        folders: Name each run's folder even where its settings tell it from the others.
     """
+    counts = ", ".join(f"{n} {state}" for state, n in status["state"].value_counts().items())
+    title = f"{len(status)} run{'s' * (len(status) != 1)} in {folder}"
     table = _table(gap=2, plain=plain)
     settings = bool(status["settings"].any())
-    table.add_column("settings" if settings else "run", overflow="fold")
+    folders = folders or not settings
+    for name, wanted in (("folder", folders), ("settings", settings)):
+        if wanted:
+            table.add_column(name, overflow="fold")
     table.add_column("state", no_wrap=True)
-    for name in ("tasks", "time", "routed, %"):
+    for name in ("task", "time", "routed, %"):
         table.add_column(name, justify="right", no_wrap=True)
     if status["error"].any():
         table.add_column("error", overflow="fold")
     for row in status.to_dict("records"):
         cells = [
-            row["settings"] if settings else row["run"],
+            *([row["run"]] if folders else []),
+            *([row["settings"]] if settings else []),
             row["state"],
-            f"{row['tasks_done']}/{row['tasks']}",
+            f"{row['tasks_done']}/{row['tasks'] or '?'}",
             duration(row["seconds"]),
             percent(row["routed_average_accuracy"], ""),
             row["error"],
         ]
-        style = {"failed": "red", "damaged": "red", "refused": "red", "running": "yellow"}
         shown = [Text(str(cell)) for cell in cells[: len(table.columns)]]
-        table.add_row(*shown, style=style.get(str(row["state"]), ""))
-    return table
+        table.add_row(*shown, style=STATE_STYLES.get(str(row["state"]), ""))
+    return Group(Text(f"{title}: {counts}" if counts else title, style="bold"), table)
 
 
 def _matrix(cells: np.ndarray, gap: int, columns: int, plain: bool) -> Table:

@@ -62,12 +62,12 @@ def sweep_status(folder: Path) -> pd.DataFrame:
 def differences(configs: list[dict[str, Any]]) -> list[str]:
     """Name each configuration by the settings in which they differ: ``learner=joint seed.init=1``.
 
-    Where an axis differs in its name, its other keys follow from it and are left out.
+    Where an axis differs in its name, its other keys follow from it and are left out. A key that a
+    configuration does not have (a refused one was never completed) says nothing about it.
     """
     flat = [{k: v for k, v in flatten(c) if k.split(".")[0] in SETTINGS} for c in configs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    known = [one for one in flat if one]
-    differ = [key for key in keys if len({repr(one.get(key)) for one in known}) > 1]
+    differ = [key for key in keys if len({repr(one[key]) for one in flat if key in one}) > 1]
     named = {key.removesuffix(".name") for key in differ if key.endswith(".name")}
     shown = [
         key
@@ -75,7 +75,9 @@ def differences(configs: list[dict[str, Any]]) -> list[str]:
         if not key.endswith("._target_")
         and (key.endswith(".name") or key.split(".")[0] not in named)
     ]
-    return [" ".join(f"{k.removesuffix('.name')}={one.get(k)}" for k in shown) for one in flat]
+    return [
+        " ".join(f"{k.removesuffix('.name')}={one[k]}" for k in shown if k in one) for one in flat
+    ]
 
 
 def _headline(error: str | None) -> str:

@@ -92,6 +92,7 @@ class WandbTracker(Tracker):
         tags: list[str] = [],  # noqa: B006 (a literal, read as the schema; copied below)
         job_type: str | None = None,
         log_tables: bool = True,
+        log_modules: bool = False,
     ) -> None:
         self.mode = mode
         self.project = project
@@ -99,6 +100,7 @@ class WandbTracker(Tracker):
         self.tags = list(tags)
         self.job_type = job_type
         self.log_tables = log_tables
+        self.log_modules = log_modules
         self._run: Any = None
         self._off = True
         self._folder = Path()
@@ -222,6 +224,19 @@ class WandbTracker(Tracker):
             plain = table.astype(object).where(table.notna(), None)
             content = wandb.Table(columns=[str(c) for c in table], data=plain.to_numpy().tolist())
             self._run.log({f"tables/{name}": content})
+        if self.log_modules:
+            self._run.log_artifact(self._modules(wandb))
+
+    def _modules(self, wandb: Any) -> Any:  # noqa: ANN401 (the module is imported lazily)
+        """Modules and heads of all tasks, with what is needed to load them again."""
+        about = {"tasks": len(list(self._folder.glob("tasks/*/module.safetensors")))}
+        artifact = wandb.Artifact(f"modules-{self._run.id}", type="modules", metadata=about)
+        names = [self._folder / name for name in ("config.yaml", "stream.json", "provenance.json")]
+        for path in [*names, *sorted(self._folder.glob("tasks/*/*.safetensors"))]:
+            artifact.add_file(
+                str(path), name=path.relative_to(self._folder).as_posix(), policy="immutable"
+            )
+        return artifact
 
 
 def _series(row: Mapping[str, Any]) -> str:

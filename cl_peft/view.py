@@ -168,6 +168,7 @@ class ResultView:
             ("drift", self.drift()),
             ("size", self.parameters()),
             ("time", self.time()),
+            *self.passed(),
             *self.bounds(),
         ]
 
@@ -237,9 +238,13 @@ class ResultView:
         ]
         reused = sum(bool(t.get("reused")) for t in self.times)
         looked_up = f"; {reused} of {len(self.times)} modules from the cache" if reused else ""
+        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}{looked_up}"
+
+    def passed(self) -> list[tuple[str, str]]:
+        """Passes through the backbone that all evaluations took, where they were counted."""
         passes = self.passes()
-        asked = "" if math.isnan(passes) else f"; {passes:.2f} passes per test example"
-        return f"{', '.join(spent)}; in total {duration(self.total_seconds)}{asked}{looked_up}"
+        text = f"{passes:.2f} through the backbone per test example, in all evaluations together"
+        return [] if math.isnan(passes) else [("passes", text)]
 
     def passes(self) -> float:
         """Passes through the backbone of all evaluations, per test example; NaN where unknown.

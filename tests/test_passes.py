@@ -24,7 +24,9 @@ def test_an_isolated_run_passes_each_test_example_twice_and_moved_ones_again(pla
     tests = sum(t["test"] for t in json.loads((folder / "stream.json").read_text())["tasks"])
     assert moved(folder) > 0
     assert view.passes() == pytest.approx(2 + moved(folder) / tests)
-    assert f"; {view.passes():.2f} passes per test example" in view.time()
+    assert (
+        f"{view.passes():.2f} through the backbone per test example" in dict(view.facts())["passes"]
+    )
 
 
 def test_without_features_it_is_once(places):

@@ -139,6 +139,19 @@ def test_summary_figure_and_table(tracked):
     assert table["data"] == [["a", 1, 0.5], ["a", None, None]]
 
 
+def test_modules_as_one_artifact(tmp_path):
+    stored = {"tasks/001/module.safetensors": b"one", "tasks/002/module.safetensors": b"two"}
+    stored |= {"config.yaml": b"{}", "stream.json": b"{}", "provenance.json": b"{}"}
+    for name, content in stored.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "tasks/002/results.parquet").write_bytes(b"not a module")
+    follow(WandbTracker(log_modules=True), tmp_path)
+    (artifact,) = [a for a in mirror(tmp_path).artifacts if a.type == "modules"]
+    entries = {e.path: e.size for e in artifact.manifest.contents}
+    assert entries == {name: len(content) for name, content in stored.items()}
+
+
 def test_no_secret_and_nothing_of_the_machine(tracked):
     files = [p for p in tracked.rglob("*") if p.is_file()]
     assert any(p.suffix == ".wandb" for p in files)

@@ -35,7 +35,7 @@ class WandbFile:
 
     def __init__(self, path: Path):
         self.config, self.history, self.summary, self.axes = {}, [], {}, {}
-        self.run, self.exit_code, self.files = None, None, []
+        self.run, self.exit_code, self.files, self.artifacts = None, None, [], []
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "run":
@@ -50,6 +50,8 @@ class WandbFile:
                 self.summary |= _items(record.summary.update)
             elif kind == "files":
                 self.files += [item.path for item in record.files.files]
+            elif kind == "artifact":
+                self.artifacts.append(record.artifact)
             elif kind == "exit":
                 self.exit_code = record.exit.exit_code
 

@@ -7,18 +7,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
+from cl_peft.console import group_view
 from cl_peft.group import sweep_status
-from cl_peft.view import duration, percent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STYLES = {"failed": "red", "damaged": "red", "refused": "red", "running": "yellow"}
 #: Width where there is no terminal: run folder and settings side by side.
 PLAIN_WIDTH = 140
 #: Reading a group may take this share of the time; more runs, fewer looks.
@@ -37,7 +34,7 @@ def show(folder: Path, console: Console | None = None) -> pd.DataFrame:
     """
     out = console or _terminal()
     status = sweep_status(folder)
-    out.print(view(status, folder, plain=not out.is_terminal))
+    out.print(group_view(status, folder, not out.is_terminal, folders=True))
     return status
 
 
@@ -60,12 +57,14 @@ def watch(
     out = console or _terminal()
     plain = not out.is_terminal
     status, quiet_since = sweep_status(folder), None
-    with Live(view(status, folder, plain), console=out, auto_refresh=False) as live:
+    with Live(
+        group_view(status, folder, plain, folders=True), console=out, auto_refresh=False
+    ) as live:
         try:
             while True:
                 began = time.monotonic()
                 status = sweep_status(folder)
-                live.update(view(status, folder, plain), refresh=not plain)
+                live.update(group_view(status, folder, plain, folders=True), refresh=not plain)
                 now = time.monotonic()
                 if (status["state"] == "running").any():
                     quiet_since = None
@@ -75,52 +74,8 @@ def watch(
                     break
                 time.sleep(max(every, (now - began) * (1 / SHARE - 1)))
         except KeyboardInterrupt:
-            live.update(view(status, folder, plain))
+            live.update(group_view(status, folder, plain, folders=True))
     return status
-
-
-def view(status: pd.DataFrame, folder: Path, plain: bool = False) -> Group:
-    """The table with a line of counts above it.
-
-    Args:
-        status: As :func:`cl_peft.group.sweep_status` gives it.
-        folder: The group's folder.
-        plain: ASCII only.
-    """
-    from cl_peft.console import ASCII_RULE, box
-
-    counts = status["state"].value_counts()
-    parts = [f"{count} {state}" for state, count in counts.items()]
-    title = f"{len(status)} run{'s' * (len(status) != 1)} in {folder}"
-    table = Table(
-        box=ASCII_RULE if plain else box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-    )
-    settings = bool(status["settings"].any())
-    table.add_column("folder", overflow="fold")
-    if settings:
-        table.add_column("settings", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for name in ("task", "time", "routed, %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if status["error"].any():
-        table.add_column("error", overflow="fold")
-    for row in status.to_dict("records"):
-        cells = [
-            row["run"],
-            *([row["settings"]] if settings else []),
-            row["state"],
-            f"{row['tasks_done']}/{row['tasks'] or '?'}",
-            duration(row["seconds"]),
-            percent(row["routed_average_accuracy"], ""),
-            row["error"],
-        ]
-        shown = [Text(str(cell)) for cell in cells[: len(table.columns)]]
-        table.add_row(*shown, style=STYLES.get(str(row["state"]), ""))
-    head = Text(f"{title}: {', '.join(parts)}" if parts else title, style="bold")
-    return Group(head, table)
 
 
 def _terminal() -> Console:
