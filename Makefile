@@ -37,7 +37,7 @@ lint: setup ## Style and types
 	$(BIN)/mypy
 
 bench: setup ## Measure speed and memory, and render docs/results/performance.md
-	for name in training_step mixed_batch bank_size stream routers_fit methods start_up; do \
+	for name in training_step upper_layers mixed_batch bank_size stream routers_fit methods memory profiles start_up; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/render.py
 

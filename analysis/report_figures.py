@@ -37,50 +37,68 @@ class Picture:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A figure that is still to be drawn.
+
+    Attributes:
+        title: Heading.
+        caption: How to read it.
+        draw: Draws it; a DataError says why that cannot be.
+    """
+
+    title: str
+    caption: str
+    draw: Callable[[], Drawn]
+
+
 def pictures(sweep: Sweep) -> Iterator[Picture]:
     """Every figure that the finished runs allow; the others with the reason why not."""
+    return (_picture(planned) for planned in plan(sweep))
+
+
+def plan(sweep: Sweep) -> Iterator[Plan]:
+    """Every figure about the finished runs, whether they allow it or not."""
     if sweep.finished.empty:
         return
     shown, count = best_configurations(sweep, MOST_LINES)
     limit = f" The best {MOST_LINES} of {count} configurations." if count > MOST_LINES else ""
     frame = shown.drop(columns="label")
     upper, lower = _bounds(set(sweep.finished["learner"]))
-    plan: list[tuple[str, str, Callable[[], Drawn]]] = [
-        (
+    yield from [
+        Plan(
             "Sweep overview",
             "Final routed accuracy: a dot per run, the mean and its 95 % interval over seeds.",
             lambda: figures.sweep_overview(sweep.finished),
         ),
-        (
+        Plan(
             "Anytime accuracy",
             "Average accuracy over all tasks seen so far; solid as routed, dashed with the oracle; "
             "the band is the 95 % interval over seeds." + limit,
             lambda: figures.anytime_curve(frame, upper=upper, lower=lower),
         ),
-        (
+        Plan(
             "Stability and plasticity",
             "Right: new tasks are learned better. Up: old ones are kept better. Diagonals are "
             "equal final accuracy; hollow marks are the oracle." + limit,
             lambda: figures.stability_plasticity(frame),
         ),
-        (
+        Plan(
             "Accuracy against parameters",
             "Trained per task (left) and stored in the end (right)." + limit,
             lambda: figures.accuracy_against_parameters(frame),
         ),
-        (
+        Plan(
             "Critical difference",
             "Average ranks over seeds; what a bar joins, the Nemenyi test does not tell apart.",
             lambda: figures.critical_difference_diagram(rank_configurations(sweep.finished)),
         ),
     ]
-    for title, caption, draw in plan:
-        yield _picture(title, caption, draw)
     limit = f" The best {MOST_PANELS} of {count} configurations." if count > MOST_PANELS else ""
     labels = list(dict.fromkeys(shown["label"]))
     for label in labels[:MOST_PANELS]:
         part = frame[shown["label"] == label]
-        yield _picture(
+        yield Plan(
             f"Forgetting per task: {label}",
             "What each task lost by the end, split into modules that changed and routes that moved."
             + limit,
@@ -113,11 +131,12 @@ def inline_svg(data: bytes, name: str, alt: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{alt}" style="{style}"', 1).strip()
 
 
-def _picture(title: str, caption: str, draw: Callable[[], Drawn]) -> Picture:
+def _picture(planned: Plan) -> Picture:
+    title, caption = planned.title, planned.caption
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing, which are gaps
-            data = figures.svg(draw())
+            data = figures.svg(planned.draw())
     except DataError as error:
         return Picture(title, caption, why=str(error))
     name = re.sub(r"\W+", "-", title.lower()).strip("-")

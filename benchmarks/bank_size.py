@@ -1,4 +1,4 @@
-"""What resident modules cost: latency with one routed, adding one, memory; peft's beside it.
+"""What modules cost: latency with one routed, adding, memory, loading; peft's beside it.
 
     python benchmarks/bank_size.py [--repeats 15] [--threads 1] [--quick]
 
@@ -10,18 +10,36 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
+import io
+import json
 import os
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from measure import Row, arguments, clock, compared, interleaved, minilm, plain, tokens, write
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save
 
 from cl_peft.backbones.base import Backbone, Batch
-from cl_peft.modules.bank import Bank, Route
+from cl_peft.backbones.features import Features
+from cl_peft.config import Seeds
+from cl_peft.console import Console
+from cl_peft.learners.base import Tools
+from cl_peft.learners.isolated import Isolated
+from cl_peft.loading import Stored
+from cl_peft.modules.bank import Bank, Route, flatten
+from cl_peft.modules.head import Head
 from cl_peft.modules.lora import LoRA
+from cl_peft.optim.adamw import AdamW
+from cl_peft.runs import FORMAT, RunFolder
+from cl_peft.streams.base import Split, Task
+from cl_peft.tracking import Tracker
+from cl_peft.training import Trainer
 
 QV = ["query", "value"]
 
@@ -55,6 +73,68 @@ def of_bank(
     return forward, adding, held / (count * one)
 
 
+def of_loading(backbone: Backbone, count: int) -> dict[str, tuple[float, float]]:
+    """Seconds, and resident over own bytes, of bringing modules back: read at once, or lazily."""
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder, one = stored(backbone, Path(place), count)
+        for name, lazy in (("lazily", True), ("at once", False)):
+            own = copy.copy(backbone)
+            own.model = copy.deepcopy(backbone.model)
+            learner = Isolated()
+            learner.start(tools(own, Bank(LoRA(sites=QV), own.model, "cpu"), count))
+            before, started = resident(), clock()
+            learner.restore(Stored.read(folder, "all", lazy).units, tasks(count))
+            seconds = clock() - started
+            found[name] = (seconds, (resident() - before) / (count * one))
+    return found
+
+
+def stored(backbone: Backbone, place: Path, count: int) -> tuple[RunFolder, int]:
+    """A run folder with so many modules, as a run would leave it, and the bytes of one."""
+    own = copy.copy(backbone)
+    own.model = copy.deepcopy(backbone.model)
+    random = torch.Generator().manual_seed(0)
+    module = flatten(Bank(LoRA(sites=QV), own.model, "cpu").fresh(random))
+    head = Head.fresh((0, 1), backbone.width, random, torch.device("cpu"))
+    data = save({**module, **head.tensors()})
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    listed = []
+    for task in range(1, count + 1):
+        name = f"tasks/{task:03d}/module.safetensors"
+        (place / name).parent.mkdir(parents=True)
+        (place / name).write_bytes(data)
+        listed.append({"task": task, "files": {name: entry}})
+    manifest = {"format": FORMAT, "fixed": {}, "tasks": listed, "final": None}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    folder = RunFolder(place)
+    folder.look()
+    return folder, sum(t.numel() * t.element_size() for t in module.values())
+
+
+def tasks(count: int) -> list[Task]:
+    """Tasks without examples."""
+    none = Split(np.zeros(0, dtype=np.int64), [], np.zeros(0, dtype=np.int64))
+    return [Task(t, str(t), (0, 1), none, none, none) for t in range(count)]
+
+
+def tools(backbone: Backbone, bank: Bank, count: int) -> Tools:
+    """What a learner needs that only recalls."""
+    trainer = Trainer()
+    return Tools(
+        backbone=backbone,
+        bank=bank,
+        features=Features(backbone, None, trainer.eval_batch_size),
+        trainer=trainer,
+        optimizer=AdamW(),
+        seeds=Seeds(),
+        class_names=("a", "b"),
+        n_tasks=count,
+        console=Console(io.StringIO(), io.StringIO()),
+        tracker=Tracker(),
+    )
+
+
 def of_peft(
     backbone: Backbone, batch: Batch, count: int
 ) -> tuple[Callable[[], None], Callable[[], None], list[float]]:
@@ -84,7 +164,7 @@ def main() -> None:
     chosen = arguments(__doc__, repeats=15)
     backbone, batch = minilm(), tokens(1, 16)
     sizes = [1, 10, 100] if chosen.quick else [1, 10, 100, 1000]
-    actions: dict[str, Callable[[], None]] = {}
+    actions: dict[str, Callable[[], object]] = {}
     rows: list[Row] = []
     largest = sizes[-1]
     for count in sizes:
@@ -105,6 +185,10 @@ def main() -> None:
         actions[f"peft adapter_names forward, {count} resident"] = named
         last = [1e3 * s for s in adding[-10:]]
         rows.append(plain(f"peft: adding one to {count - 1}", last, "ms"))
+    for count in sizes[2:]:
+        for how, (took, memory) in of_loading(backbone, count).items():
+            rows.append(plain(f"loading {count} from a run folder, {how}", [1e3 * took], "ms"))
+            rows.append(plain(f"memory of {count} loaded {how} over their bytes", [memory], "x"))
     seconds = interleaved(actions, chosen.repeats)
     first = "forward, 1 resident"
     timed = [compared(n, first, seconds, "<= 1.1") for n in actions if n.startswith("forward")]

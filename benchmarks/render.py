@@ -11,7 +11,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
-ORDER = ("training_step", "mixed_batch", "bank_size", "stream", "routers_fit")
+ORDER = (
+    "training_step",
+    "upper_layers",
+    "mixed_batch",
+    "bank_size",
+    "stream",
+    "routers_fit",
+    "memory",
+    "profiles",
+)
 HEAD = """# Performance
 
 Made by `make bench` from `benchmarks/results/*.json`; every section names the script that measured
@@ -44,7 +53,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             value += spread(row["spread"])
         ratio = ""
         if "ratio" in row:
-            ratio = f"{row['ratio']:.2f}{spread(row['quartiles'], 2)}"
+            ratio = f"{row['ratio']:.2f}"
+            ratio += spread(row["quartiles"], 2) if row["repeats"] > 1 else ""
         cells = [row["what"], value, row.get("against", ""), ratio, str(row["repeats"]), row["aim"]]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -60,6 +70,9 @@ def section(name: str, content: dict[str, Any]) -> list[str]:
         f"transformers {m['transformers']}, peft {m['peft']}."
     )
     lines = [f"## {content['about']}", "", about, "", *table(content["rows"]), ""]
+    for more in content.get("tables", []):
+        cells = [more["columns"], ["---"] * len(more["columns"]), *more["rows"]]
+        lines += [*(f"| {' | '.join(row)} |" for row in cells), ""]
     if "series" in content:
         plot(DOCS / f"{name}.svg", content["series"])
         lines += [f"![{content['about']}]({name}.svg)", ""]

@@ -1,11 +1,12 @@
 """A whole stream against a plain loop with Hugging Face peft, for more and more tasks.
 
-    python benchmarks/stream.py [--tasks 5 10 20] [--threads 1] [--quick]
+    python benchmarks/stream.py [--tasks 5 10 20 50] [--threads 1] [--quick]
 
 Both train one LoRA (rank 8, all linears) and one head per task on the same batches of the same
 made-up texts, two classes a task, test sets a third of the training sets; both evaluate after every
 task on all tasks seen, once with the true task (oracle) and once routed by the same ridge router on
-frozen features. Nothing is read from a cache on disk.
+frozen features. Nothing is read from a cache on disk. Both go through one stream side by side, task
+by task in turns; what they had spent after 5, 10, ... tasks is what a stream of that length costs.
 
 The loop is what one writes first: after every task, every seen test set goes through its adapter;
 then through the router's frozen features; then, grouped by the router's answer, through the chosen
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import clock, configuration, minilm, plain, write
+from measure import Row, clock, configuration, minilm, plain, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from cl_peft.batching import bucketed, by_length
 from cl_peft.config import build
 from cl_peft.console import Console
 from cl_peft.experiment import load_stream
-from cl_peft.streams.base import Split, Stream
+from cl_peft.streams.base import Split, Stream, Task
 from cl_peft.world import World
 
 PARTS = ("learn", "router", "evaluate")
@@ -51,18 +52,24 @@ class Measured:
         return sum(self.seconds.values())
 
 
-def ours(config: dict[str, Any], stream: Stream, console: Console) -> Measured:
-    world = World.build(config, stream, console)
-    out = Measured()
-    started = clock()
-    world.features.prefetch(stream, ("train",))
-    out.seconds["router"] += clock() - started
-    before, started = world.features.computed, clock()
-    world.features.prefetch(stream, ("test",))
-    out.features = clock() - started
-    out.seconds["evaluate"] += out.features
-    out.passes += world.features.computed - before
-    for task in stream.tasks:
+class Ours:
+    """This platform's way."""
+
+    def __init__(self, config: dict[str, Any], stream: Stream, console: Console) -> None:
+        self.world = World.build(config, stream, console)
+        self.out = Measured()
+
+    def step(self, task: Task) -> None:
+        world, out = self.world, self.out
+        started = clock()
+        world.features.features(task.train.inputs)
+        out.seconds["router"] += clock() - started
+        before, started = world.features.computed, clock()
+        world.features.features(task.test.inputs)
+        spent = clock() - started
+        out.features += spent
+        out.seconds["evaluate"] += spent
+        out.passes += world.features.computed - before
         marks = [clock()]
         for part in (world.learn, world.fit_router):
             part(task)
@@ -72,10 +79,8 @@ def ours(config: dict[str, Any], stream: Stream, console: Console) -> Measured:
         for name, (a, b) in zip(PARTS, pairwise(marks), strict=True):
             out.seconds[name] += b - a
         out.passes += results.passes
-    final = results.rows[results.rows["metric"] == "average_accuracy_micro"]
-    last = final[final["after_task"] == len(stream.tasks)]
-    out.accuracy = dict(zip(last["routing"], last["value"], strict=True))
-    return out
+        rows = results.rows[results.rows["metric"] == "average_accuracy_micro"]
+        out.accuracy = dict(zip(rows["routing"], rows["value"], strict=True))
 
 
 class PlainLoop:
@@ -94,20 +99,18 @@ class PlainLoop:
         self.heads: list[nn.Linear] = []
         self.out = Measured()
 
-    def run(self) -> Measured:
-        for index, task in enumerate(self.stream.tasks):
-            marks = [clock()]
-            self.learn(index, task.train)
-            marks.append(clock())
-            with torch.no_grad(), self.model.disable_adapter():
-                features = self.pooled(task.train)
-            self.router.fit(features, torch.from_numpy(task.train.labels), index)
-            marks.append(clock())
-            self.evaluate(index)
-            marks.append(clock())
-            for name, (a, b) in zip(PARTS, pairwise(marks), strict=True):
-                self.out.seconds[name] += b - a
-        return self.out
+    def step(self, task: Task) -> None:
+        index, marks = task.index, [clock()]
+        self.learn(index, task.train)
+        marks.append(clock())
+        with torch.no_grad(), self.model.disable_adapter():
+            features = self.pooled(task.train)
+        self.router.fit(features, torch.from_numpy(task.train.labels), index)
+        marks.append(clock())
+        self.evaluate(index)
+        marks.append(clock())
+        for name, (a, b) in zip(PARTS, pairwise(marks), strict=True):
+            self.out.seconds[name] += b - a
 
     def learn(self, index: int, train: Split) -> None:
         if index:
@@ -180,61 +183,69 @@ class PlainLoop:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 10, 20])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 10, 20, 50])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, to try it out")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    sizes = [3] if chosen.quick else chosen.tasks
-    rows, series = [], []
+    lengths = [2, 3] if chosen.quick else sorted(chosen.tasks)
+    config = configuration(
+        "stream=synthetic",
+        f"stream.tasks={lengths[-1]}",
+        f"stream.classes={2 * lengths[-1]}",
+        "stream.train_per_class=24",
+        "stream.test_per_class=8",
+        "trainer.epochs=3",
+        "router.projection=500",
+        "cache=off",
+        f"threads={chosen.threads}",
+    )
     console = Console(stdout=io.StringIO(), stderr=io.StringIO())
-    for tasks in sizes:
-        config = configuration(
-            "stream=synthetic",
-            f"stream.tasks={tasks}",
-            f"stream.classes={2 * tasks}",
-            "stream.train_per_class=24",
-            "stream.test_per_class=8",
-            "trainer.epochs=3",
-            "router.projection=500",
-            "cache=off",
-            f"threads={chosen.threads}",
-        )
-        stream = load_stream(config, console)
-        mine = ours(config, stream, console)
-        theirs = PlainLoop(config, stream, minilm()).run()
-        tests = sum(len(t.test) for t in stream.tasks)
-        evaluation = theirs.seconds["evaluate"] / mine.seconds["evaluate"]
-        kept = (theirs.seconds["evaluate"] - theirs.features) / mine.seconds["evaluate"]
-        whole = theirs.total() / mine.total()
-        known = (theirs.total() - theirs.features) / mine.total()
-        learn = theirs.seconds["learn"] / mine.seconds["learn"]
-        goal = tasks == 20
-        rows += [
-            plain(
-                f"{tasks} tasks: evaluation, peft loop over ours", [evaluation], "x", ">= 8" * goal
-            ),
-            plain(f"{tasks} tasks: the same, remembering features", [kept], "x"),
-            plain(f"{tasks} tasks: whole stream, peft loop over ours", [whole], "x", ">= 2" * goal),
-            plain(f"{tasks} tasks: the same, remembering features", [known], "x"),
-            plain(f"{tasks} tasks: training alone, peft loop over ours", [learn], "x"),
-            plain(f"{tasks} tasks: passes per test example, ours", [mine.passes / tests], "passes"),
-            plain(
-                f"{tasks} tasks: passes per test example, loop", [theirs.passes / tests], "passes"
-            ),
-        ]
-        series.append(
-            {
-                "tasks": tasks,
-                "evaluation": round(evaluation, 3),
-                "whole": round(whole, 3),
-                "ours": {**mine.seconds, "accuracy": mine.accuracy},
-                "loop": {**theirs.seconds, "accuracy": theirs.accuracy},
-            }
-        )
-        print(json.dumps(series[-1]))
+    stream = load_stream(config, console)
+    mine, theirs = Ours(config, stream, console), PlainLoop(config, stream, minilm())
+    rows: list[Row] = []
+    series: list[dict[str, Any]] = []
+    tests = 0
+    for task in stream.tasks:
+        mine.step(task)
+        theirs.step(task)
+        tests += len(task.test)
+        if task.index + 1 in lengths:
+            found, point = compared(task.index + 1, mine.out, theirs.out, tests)
+            rows += found
+            series.append(point)
+            print(json.dumps(point), flush=True)
     about = "all-MiniLM-L6-v2, 48 training and 16 test texts per task, 3 epochs"
     write("stream", "Whole stream", about, rows, series=series)
+
+
+def compared(
+    tasks: int, mine: Measured, theirs: Measured, tests: int
+) -> tuple[list[Row], dict[str, Any]]:
+    """Rows, and a point of the plot, for the first ``tasks`` tasks."""
+    evaluation = theirs.seconds["evaluate"] / mine.seconds["evaluate"]
+    kept = (theirs.seconds["evaluate"] - theirs.features) / mine.seconds["evaluate"]
+    whole = theirs.total() / mine.total()
+    known = (theirs.total() - theirs.features) / mine.total()
+    learn = theirs.seconds["learn"] / mine.seconds["learn"]
+    goal = tasks == 20
+    rows = [
+        plain(f"{tasks} tasks: evaluation, peft loop over ours", [evaluation], "x", ">= 8" * goal),
+        plain(f"{tasks} tasks: the same, remembering features", [kept], "x"),
+        plain(f"{tasks} tasks: whole stream, peft loop over ours", [whole], "x", ">= 2" * goal),
+        plain(f"{tasks} tasks: the same, remembering features", [known], "x"),
+        plain(f"{tasks} tasks: training alone, peft loop over ours", [learn], "x"),
+        plain(f"{tasks} tasks: passes per test example, ours", [mine.passes / tests], "passes"),
+        plain(f"{tasks} tasks: passes per test example, loop", [theirs.passes / tests], "passes"),
+    ]
+    point = {
+        "tasks": tasks,
+        "evaluation": round(evaluation, 3),
+        "whole": round(whole, 3),
+        "ours": {**mine.seconds, "accuracy": dict(mine.accuracy)},
+        "loop": {**theirs.seconds, "accuracy": dict(theirs.accuracy)},
+    }
+    return rows, point
 
 
 if __name__ == "__main__":

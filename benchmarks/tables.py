@@ -40,6 +40,10 @@ def one(folder: Path, kind: str) -> dict[str, object] | None:
     name = router["name"]
     if router.get("layers"):
         name += f", layers {router['layers'][0]}-{router['layers'][-1]}"
+    if router.get("projection", 2000) != 2000:
+        name += f", width {router['projection']}"
+    if router.get("ensemble", 1) > 1:
+        name += f", {router['ensemble']} draws"
     if router.get("combine", "none") != "none":
         top = f" of {router['top_k']}" if router["combine"] == "heads" else " alone"
         name += f", {router['combine']}{top}"

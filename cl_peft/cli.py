@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_peft.commands import groups
+from cl_peft.commands import cache, groups, paper
 from cl_peft.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.set_defaults(run=_prepare)
 
+    cache.add(commands)
     groups.add(commands)
+    paper.add(commands)
     return parser
 
 

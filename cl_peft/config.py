@@ -82,6 +82,8 @@ class Paths(_Closed):
 
     runs: str = "runs"
     cache: str = "~/.cache/cl_peft"
+    #: Of tokens, features and modules together; downloads are not bounded.
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
 
 
 class Settings(_Closed):
@@ -349,10 +351,28 @@ def _combinations(config: dict[str, Any]) -> Iterator[str]:
             "stream.domain=COLUMN, or use stream.scenario=class."
         )
     yield from protocol_problems(stream)
+    yield from _accumulation(config)
     if config["trainer"].get("patience") is not None and not _has_validation(stream):
         yield (
             "trainer.patience stops on validation accuracy, but there are no validation examples. "
             "Set stream.validation_share=0.1, or trainer.patience=null."
+        )
+
+
+def _accumulation(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with splitting steps, if they are to be split."""
+    trainer, learner = config["trainer"], config["learner"]
+    parts, batch = trainer.get("accumulate", 1), trainer.get("batch_size", 1)
+    if parts > 1 and not class_constant(learner["_target_"], "splits"):
+        yield (
+            f"trainer.accumulate={parts} does not fit learner={learner['name']}: its loss draws "
+            "from a buffer once a step, so a step cannot be split. Use trainer.accumulate=1; "
+            "trainer.checkpointing=on or a smaller trainer.batch_size saves memory as well."
+        )
+    elif parts > batch:
+        yield (
+            f"trainer.accumulate={parts}: a step has trainer.batch_size={batch} examples, and "
+            f"cannot be split into more. Use trainer.accumulate={batch} or less."
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -25,13 +25,14 @@ from cl_peft.backbones.features import Features
 from cl_peft.config import Seeds, build
 from cl_peft.console import Console
 from cl_peft.errors import ConfigError, DamagedRunError, DataError
-from cl_peft.learners.base import Learner, Tools
+from cl_peft.learners.base import Later, Learner, Tools
 from cl_peft.memo import Memo, Questions, among_tasks
 from cl_peft.modules.bank import Bank
 from cl_peft.modules.head import Head
 from cl_peft.routers.base import Router
 from cl_peft.runs import RunFolder
 from cl_peft.schema import class_constant
+from cl_peft.store import tensor_fingerprint
 from cl_peft.streams.base import Progress, Split, Stream, Task
 from cl_peft.tracking import Tracker
 
@@ -80,25 +81,36 @@ class Stored:
     """What the finished tasks of a run left.
 
     Attributes:
-        units: Module and head by task index: all of them, or the last, as the learner keeps them.
+        units: Module and head by task index: all of them, or the last, as the learner keeps them;
+            read, or to be read when something needs them.
         router: The router's state after the last task; empty where it has none.
         learner: What the learner keeps besides units, after the last task.
     """
 
-    units: dict[int, dict[str, Tensor]]
+    units: Mapping[int, dict[str, Tensor] | Later]
     router: dict[str, Tensor]
     learner: dict[str, Tensor]
 
     @staticmethod
-    def read(folder: RunFolder, keeps: Literal["all", "last"]) -> Stored:
+    def read(folder: RunFolder, keeps: Literal["all", "last"], lazy: bool = False) -> Stored:
         """Read from an opened folder; what is read is what its digest says.
+
+        Args:
+            folder: The run folder.
+            keeps: Which units the learner needs.
+            lazy: Let units be read, and compared with their digests, when something needs them.
 
         Raises:
             DamagedRunError: A file is missing or damaged.
         """
+        listed = folder.files()
         tasks = range(folder.done) if keeps == "all" else range(folder.done - 1, folder.done)
         names = {task: f"tasks/{task + 1:03d}/module.safetensors" for task in tasks}
-        units = {t: _tensors(folder, name) for t, name in names.items() if folder.has(name)}
+        units = {
+            t: _later(folder, name, listed[name]["sha256"]) if lazy else _tensors(folder, name)
+            for t, name in names.items()
+            if name in listed
+        }
         last = [f"tasks/{folder.done:03d}/{who}.safetensors" for who in ("router", "learner")]
         states = [_tensors(folder, name) if folder.has(name) else {} for name in last]
         return Stored(units, *states)
@@ -248,6 +260,7 @@ def load_run(
     device: str = "cpu",
     cache: Path | None = None,
     progress: Progress | None = None,
+    lazy: bool = True,
 ) -> LoadedRun:
     """Load a run, finished or not, from its folder alone; nothing is written there.
 
@@ -257,6 +270,9 @@ def load_run(
         device: Where backbone and modules shall live; ``auto`` is a GPU where there is one.
         cache: Folder for downloads; the run's own setting if None.
         progress: Called with (bytes so far, all bytes) if the backbone is downloaded.
+        lazy: Read a module when a sample is first routed to it, where the learner asks one module
+            per sample; a damaged one is an error then. False: read and check everything now, and
+            need the folder no more.
 
     Raises:
         DataError: It is no run folder, or no task is finished.
@@ -265,7 +281,7 @@ def load_run(
         ConfigError: The device is not there.
     """
     where = choose_device(device)
-    config, stream, stored, done = _read(folder)
+    config, stream, stored, done = _read(folder, lazy)
     if cache is None:
         cache = Path(config["paths"]["cache"]).expanduser()
     backbone: Backbone = build(config["backbone"])
@@ -289,7 +305,7 @@ def load_run(
     return LoadedRun(folder, config, stream["scenario"], names, tasks, learner, router)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Stored, int]:
+def _read(folder: Path, lazy: bool) -> tuple[dict[str, Any], dict[str, Any], Stored, int]:
     """Configuration, stream, tensors, and the number of finished tasks."""
     run = RunFolder(folder)
     while True:
@@ -302,7 +318,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Stored, int]:
             config = dict(yaml.safe_load(run.content("config.yaml")))
             stream = dict(json.loads(run.content("stream.json")))
             keeps = class_constant(config["learner"]["_target_"], "keeps")
-            stored = Stored.read(run, keeps) if done else Stored({}, {}, {})
+            stored = Stored.read(run, keeps, lazy) if done else Stored({}, {}, {})
         except DamagedRunError:
             run.look()
             if run.done == done:
@@ -318,6 +334,26 @@ def _tensors(folder: RunFolder, name: str) -> dict[str, Tensor]:
         return dict(load(folder.content(name)))
     except SafetensorError as error:  # written so: its digest is right
         raise DamagedRunError(f"{folder.path / name} is no safetensors file: {error}") from error
+
+
+def _later(folder: RunFolder, name: str, digest: str) -> Later:
+    """Map a stored unit into memory and read its head alone."""
+
+    def read() -> dict[str, Tensor]:
+        tensors = _tensors(folder, name)
+        if tensor_fingerprint({n: t for n, t in tensors.items() if n in head}) != known:
+            raise DamagedRunError(f"{path}: its head changed since the run was loaded.")
+        return tensors
+
+    path = folder.path / name
+    try:
+        with safe_open(path, "pt") as file:
+            own = [n for n in file.keys() if n.startswith("head.")]  # noqa: SIM118 (no mapping)
+            head = {n: file.get_tensor(n).clone() for n in own}
+    except (SafetensorError, OSError):  # what is read whole says what is wrong with it
+        head = {n: t for n, t in _tensors(folder, name).items() if n.startswith("head.")}
+    known = tensor_fingerprint(head)
+    return Later(digest, head, read)
 
 
 def _check_backbone(folder: Path, backbone: Backbone) -> None:

@@ -2,7 +2,8 @@
 
 A key is the sha256 of everything the value depends on; the value is one safetensors file written
 atomically. Processes of a sweep share it safely: a file is complete or absent, and two processes
-that compute the same value write the same bytes. A corrupt file is reported and computed again.
+that compute the same value write the same bytes. A corrupt file is reported and computed again; one
+that was evicted (:mod:`cl_peft.eviction`) is computed again too.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from safetensors.torch import load_file, save
 
 from cl_peft.atomic import write_atomic
 from cl_peft.errors import DamagedRunError
+from cl_peft.eviction import KINDS, Bound, touch
 
 log = logging.getLogger(__name__)
 
 
 class ContentStore:
-    """Compute once, keep forever.
+    """Compute once, keep while there is room.
 
     Args:
         folder: Where values live; created on first use.
+        limit: Bytes that it may take; None: any.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder = folder
+        self._bound = None if limit is None else Bound(folder, limit)
 
     def get(
         self,
@@ -43,11 +47,13 @@ class ContentStore:
         """Return the value stored under ``key``, computing and storing it if it is not there.
 
         Args:
-            kind: Subfolder, such as ``"features"``.
+            kind: Subfolder, one of :data:`cl_peft.eviction.KINDS`.
             key: Hex digest of everything the value depends on.
             compute: Makes the value; called only when it is absent or its file is damaged.
             exclusive: Let other processes that want the same value wait for it, not compute it too.
         """
+        if kind not in KINDS:  # it would be neither bounded nor cleared
+            raise ValueError(f"kind {kind!r} is not in cl_peft.eviction.KINDS")
         path = self.folder / kind / key[:2] / f"{key}.safetensors"
         known = self._read(path)
         if known is not None:
@@ -60,19 +66,24 @@ class ContentStore:
         return self._make(path, compute)
 
     def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
-        if not path.exists():
-            return None
         try:
-            return dict(load_file(path))
+            value = dict(load_file(path))
+        except FileNotFoundError:
+            return None
         except (SafetensorError, OSError) as error:
             log.warning("%s is damaged (%s); it is computed again", path, error)
             return None
+        touch(path)
+        return value
 
     def _make(
         self, path: Path, compute: Callable[[], dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         value = {name: tensor.contiguous().cpu() for name, tensor in compute().items()}
-        write_atomic(path, save(value))
+        data = save(value)
+        write_atomic(path, data)
+        if self._bound is not None:
+            self._bound.wrote(len(data))
         return value
 
 

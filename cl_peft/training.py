@@ -87,6 +87,12 @@ class Trainer:
     Args:
         epochs: Passes over a task's training examples.
         batch_size: Examples per step.
+        accumulate: Micro-batches that a step is split into, one after another through the backbone:
+            less memory. Their gradients, each weighted by its share of the examples, add up to
+            those of the whole step, but for rounding (sums are taken in another order) and for
+            dropout (each micro-batch draws its own; learners' draws alike).
+        checkpointing: ``on``: the backbone's layers keep their inputs alone and are computed again
+            in the backward pass: less memory, the same bits, half as much time again.
         eval_batch_size: Examples per forward pass of an evaluation.
         warmup: Share of all steps that warm up.
         decay: What follows.
@@ -95,6 +101,9 @@ class Trainer:
             epoch's weights; null trains all epochs and keeps the last.
         precision: ``auto``: bfloat16 autocast on devices that compute in it, else float32.
         diverged_above: A loss above this, or one that is not finite, stops the task.
+        trunk: ``once``: where modules sit in upper layers alone, the frozen layers below are
+            computed once per example and task, and kept in memory; ``every_step``: in every step.
+        trunk_gb: Memory for that, in GB; where more would be needed, it is ``every_step``.
     """
 
     def __init__(
@@ -108,10 +117,16 @@ class Trainer:
         patience: PositiveInt | None = None,
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         diverged_above: PositiveFloat = 1000.0,
+        trunk: Literal["once", "every_step"] = "once",
+        trunk_gb: PositiveFloat = 1.0,
+        accumulate: PositiveInt = 1,
+        checkpointing: Literal["on", "off"] = "off",
     ) -> None:
         self.epochs, self.batch_size, self.eval_batch_size = epochs, batch_size, eval_batch_size
         self.warmup, self.decay, self.clip, self.patience = warmup, decay, clip, patience
         self.precision, self.diverged_above = precision, diverged_above
+        self.trunk, self.trunk_gb = trunk, trunk_gb
+        self.accumulate, self.checkpointing = accumulate, checkpointing
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which forward passes of training run."""
@@ -158,9 +173,10 @@ class Trainer:
                         value, norm = self._step(job, rows, optimizer, tensors, device)
                         self._check(value, job, epoch, step, peaks[0] * rate)
                         loss_sum, step = loss_sum + value, step + 1
-                        lengths = job.lengths[rows]
-                        padding[0] += int(lengths.sum())
-                        padding[1] += int(lengths.max()) * len(rows)
+                        for part in self._parts(rows):
+                            lengths = job.lengths[part]
+                            padding[0] += int(lengths.sum())
+                            padding[1] += int(lengths.max()) * len(part)
                         bar.advance(loss=value)
                         if job.on_step is not None:
                             values = {"loss": value, "lr": peaks[0] * rate, "grad_norm": norm}
@@ -185,6 +201,10 @@ class Trainer:
         rng = np.random.default_rng([job.seed[0], 11, job.task, epoch])
         return bucketed(job.lengths, self.batch_size, rng)
 
+    def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Micro-batches of a step; none is empty."""
+        return np.array_split(rows, min(self.accumulate, len(rows)))
+
     def _step(
         self,
         job: Job,
@@ -194,12 +214,14 @@ class Trainer:
         device: torch.device,
     ) -> tuple[float, float]:
         optimizer.zero_grad(set_to_none=True)
-        with self.autocast(device):
-            loss = job.loss(rows)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            return value, math.nan
-        loss.backward()
+        value = 0.0
+        for part in self._parts(rows):
+            with self.autocast(device):
+                loss = job.loss(part) * (len(part) / len(rows))
+            value += float(loss.detach())
+            if not math.isfinite(value):
+                return value, math.nan
+            loss.backward()
         limit = self.clip if self.clip > 0 else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(tensors, limit))
         if math.isfinite(norm):

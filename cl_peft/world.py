@@ -62,7 +62,8 @@ class World:
                     yield batch
                     bar.advance()
 
-        store = ContentStore(cache) if config["cache"] == "on" else None
+        limit = int(1e9 * config["paths"]["cache_gb"])
+        store = ContentStore(cache, limit) if config["cache"] == "on" else None
         features = Features(backbone, store, batch_size, progress)
         tracker: Tracker = build(config["tracker"])
         names, n_tasks = stream.class_names, len(stream.tasks)
@@ -136,7 +137,7 @@ class World:
         seen = self.stream.seen(task) if history else (task,)
         axes = {axis: self.config[axis] for axis in ("learner", "module", "optimizer", "trainer")}
         parts = [
-            "learning 2",  # to be raised when the arithmetic of training changes
+            "learning 3",  # to be raised when the arithmetic of training changes
             torch.__version__.split("+")[0],
             axes,
             dict(self.config["seed"], order=None),

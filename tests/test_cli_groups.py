@@ -240,3 +240,49 @@ def test_no_command_on_groups_imports_torch(group):
         [sys.executable, "-c", code, str(group)], capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+# ---------------------------------------------------------------- paper
+
+
+def test_table_in_three_forms(group, tmp_path, capsys):
+    wanted = ["--metrics", "average_accuracy_routed", "router_accuracy"]
+    assert main(["table", str(group), *wanted]) == 0
+    markdown = capsys.readouterr().out
+    final = [
+        pd.read_parquet(group / f"ridge-{seed}" / "results.parquet").query(
+            "after_task == 3 and eval_task.isna() and metric == 'average_accuracy' "
+            "and routing == 'routed'"
+        )["value"].item()
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert f"{50 * sum(final):.1f} ±" in markdown
+    assert "2 runs" in markdown
+    file = tmp_path / "paper" / "table.tex"
+    assert main(["table", str(group), *wanted, "--format", "latex", "-o", str(file)]) == 0
+    assert capsys.readouterr().out.strip() == str(file)
+    assert r"\toprule" in file.read_text()
+    assert main(["table", str(group), *wanted, "--format", "csv"]) == 0
+    assert float(pd.read_csv(io.StringIO(capsys.readouterr().out))[wanted[1]][0]) == pytest.approx(
+        sum(final) / 2
+    )
+
+
+def test_figures_as_files(group, tmp_path, capsys):
+    target = tmp_path / "figures"
+    assert main(["figures", str(group), "-o", str(target), "--format", "svg"]) == 0
+    out = capsys.readouterr().out
+    files = {path.name for path in target.iterdir()}
+    assert {"sweep_overview.svg", "anytime_accuracy.svg"} < files
+    assert all(str(target / name) in out for name in files)
+    assert "not drawn: Critical difference: " in out  # one configuration has no ranks
+
+
+def test_tables_need_a_finished_run(group, tmp_path, capsys):
+    assert main(["table", str(tmp_path / "none")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+    for run in ("ridge-0", "ridge-1"):
+        shutil.rmtree(group / run)
+    assert main(["figures", str(group), "-o", str(tmp_path / "f")]) == 2
+    assert f"cl-peft status {group} shows them" in capsys.readouterr().err
+    assert not (tmp_path / "f").exists()

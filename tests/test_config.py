@@ -78,6 +78,8 @@ def test_every_problem_is_named_at_once():
         "trainer.warmup=1.0",
         "trainer.clip=-1",
         "trainer.decay=sqrt",
+        "trainer.accumulate=0",
+        "trainer.checkpointing=true",
         "optimizer.lr=0",
         "optimizer.lr=fast",
         "optimizer.betas=[0.9]",
@@ -133,6 +135,9 @@ def test_missing_axis_and_dangling_interpolation():
         (["stream.scenario=task"], "Use router=oracle, or stream.scenario=class"),
         (["stream.tasks=null"], "stream.tasks: say into how many tasks stream=synthetic"),
         (["trainer.patience=1", "stream.validation_share=0"], "trainer.patience=null"),
+        (["trainer.accumulate=2", "learner=derpp"], "does not fit learner=derpp"),
+        (["trainer.accumulate=2", "learner=replay"], "Use trainer.accumulate=1; trainer.checkpoin"),
+        (["trainer.accumulate=17"], "Use trainer.accumulate=16 or less"),
         (
             words(
                 "stream=files stream.train=a stream.test=b stream.tasks=2 stream.scenario=domain"
@@ -154,6 +159,8 @@ def test_combination_is_refused_with_what_fits(overrides, message):
         ["stream.scenario=task", "learner=joint"],
         ["stream.scenario=domain", "stream.tasks=null"],
         ["trainer.patience=1"],
+        ["trainer.accumulate=16", "trainer.checkpointing=on"],
+        ["trainer.checkpointing=on", "learner=replay"],
         ["trainer.patience=1", "stream=clinc150", "stream.validation_share=0"],
         ["stream=newsgroups", "stream.scenario=domain", "stream.domain=Newspaper"],
     ],
@@ -193,7 +200,10 @@ def test_frozen_ignores_the_module():
 
 @pytest.mark.parametrize(
     "override",
-    words("paths.runs=x paths.cache=x tracker=wandb group=x device=cuda threads=7 fresh=true"),
+    words(
+        "paths.runs=x paths.cache=x paths.cache_gb=1 tracker=wandb group=x device=cuda threads=7 "
+        "fresh=true"
+    ),
 )
 def test_where_and_how_is_no_part_of_the_identity(override):
     assert run_id(valid(override)) == run_id(valid())

@@ -6,14 +6,17 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from core_fixtures import quiet
 from running import RIDGE, digests, folder_of, run, write_csv
+from safetensors.torch import load_file
 
 from cl_peft.errors import ConfigError, DamagedRunError, DataError
 from cl_peft.experiment import load_stream
 from cl_peft.learners.isolated import Isolated
 from cl_peft.loading import load_run
+from cl_peft.modules.bank import flatten
 from cl_peft.runs import RunFolder
 
 SMOKE = ("debug=smoke", *RIDGE)
@@ -174,13 +177,79 @@ def test_a_run_that_goes_on_while_it_is_read(copied, monkeypatch):
 
 
 def test_a_damaged_module_is_named(copied):
+    """When it is first needed, or at once for those who ask."""
     module = copied / "tasks" / "002" / "module.safetensors"
-    module.write_bytes(module.read_bytes()[:-1] + b"\0")
+    whole = module.read_bytes()
+    middle = len(whole) // 2
+    module.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     with pytest.raises(DamagedRunError, match=r"002/module\.safetensors is damaged"):
-        load_run(copied)
+        load_run(copied, lazy=False)
+    loaded = load_run(copied)
+    loaded.predict(["a"], [1])
+    for _ in range(2):
+        with pytest.raises(DamagedRunError, match=r"002/module\.safetensors is damaged"):
+            loaded.predict(["a", "b"], [1, 2])
+    module.write_bytes(whole)
+    assert loaded.predict(["a", "b"], [1, 2]).tasks.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_module_that_cannot_be_opened_is_named_at_once(copied, lazy):
+    module = copied / "tasks" / "002" / "module.safetensors"
+    for data in (module.read_bytes()[:-1], b"", b"<html>"):
+        module.write_bytes(data)
+        with pytest.raises(DamagedRunError, match=r"002/module\.safetensors is damaged"):
+            load_run(copied, lazy=lazy)
     module.unlink()
     with pytest.raises(DamagedRunError, match=r"002/module\.safetensors is missing"):
-        load_run(copied)
+        load_run(copied, lazy=lazy)
+
+
+def test_a_damaged_head_answers_nothing(copied):
+    """Heads are read at once, and compared with the digest before they first answer."""
+    module = copied / "tasks" / "002" / "module.safetensors"
+    whole, weight = module.read_bytes(), load_file(module)["head.weight"].numpy().tobytes()
+    where = whole.index(weight)
+    module.write_bytes(whole[:where] + bytes(len(weight)) + whole[where + len(weight) :])
+    loaded = load_run(copied)
+    module.write_bytes(whole)  # the file is right again, but not what was read of it
+    with pytest.raises(DamagedRunError, match=r"002/module\.safetensors: its head changed"):
+        loaded.predict(["a"], [2])
+
+
+# ------------------------------------------------------------------ what is read, and when
+
+
+def test_modules_are_read_when_a_sample_is_first_routed_to_them(smoke_run, monkeypatch):
+    content, read = RunFolder.content, []
+
+    def noted(self, name):
+        if name.endswith("module.safetensors"):
+            read.append(name)
+        return content(self, name)
+
+    monkeypatch.setattr(RunFolder, "content", noted)
+    loaded = load_run(smoke_run.folder)
+    assert (read, loaded.bank.count, sorted(loaded.heads)) == ([], 3, [1, 2, 3])
+    loaded.predict(["a", "b"], [2, 2])
+    assert read == ["tasks/002/module.safetensors"]
+    loaded.predict(["a", "b", "c"], [2, 1, 2])
+    assert read == [f"tasks/{t:03d}/module.safetensors" for t in (2, 1)]
+    load_run(smoke_run.folder, lazy=False)
+    assert len(read) == 5
+
+
+def test_read_at_once_or_later_the_answers_are_the_same_bits(smoke_run, copied):
+    inputs, frame = evaluated(smoke_run.folder)
+    eager, lazy = load_run(copied, lazy=False), load_run(smoke_run.folder)
+    shutil.rmtree(copied)  # all of it is in memory
+    for tasks in (None, frame["eval_task"].tolist()):
+        ours, theirs = lazy.predict(inputs, tasks), eager.predict(inputs, tasks)
+        for name in ("labels", "tasks", "confidence", "margin"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    for row in range(3):
+        mine, other = flatten(lazy.bank.get(row)), flatten(eager.bank.get(row))
+        assert all(torch.equal(t, other[n]) for n, t in mine.items())
 
 
 def test_another_backbone_is_refused(copied):

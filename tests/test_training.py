@@ -214,6 +214,51 @@ def test_dropout_draws_other_numbers_for_each_task_and_than_initial_weights_do()
     assert base not in others
 
 
+@pytest.mark.parametrize("parts", [2, 3, 50])
+def test_micro_batches_add_up_to_the_step(parts):
+    x, y = torch.randn(20, 3), torch.randn(20)
+
+    def trained(accumulate):
+        seen, logged = [], []
+
+        def loss(rows):
+            seen.append(rows.tolist())
+            index = torch.from_numpy(rows)
+            penalty = j.module[0].square().sum()  # once, however many parts there are
+            return (x[index] @ j.module[0] + j.head[0].sum() - y[index]).square().mean() + penalty
+
+        j = job(loss, on_step=lambda s, v: logged.append(v))
+        # 20 examples in steps of 8, 8 and 4; a clipped norm is that of the whole step
+        trainer = Trainer(epochs=2, batch_size=8, clip=0.5, accumulate=accumulate)
+        report = fit(trainer, j, SGD(0.1))
+        return torch.cat([*j.module, *j.head]).detach(), logged, seen, report
+
+    weights, logged, steps, whole = trained(1)
+    split, other, micro, report = trained(parts)
+    torch.testing.assert_close(split, weights, atol=1e-6, rtol=1e-5)
+    for a, b in zip(logged, other, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert report.steps == whole.steps == 6
+    assert report.loss == pytest.approx(whole.loss, rel=1e-5)
+    expected = [part for rows in steps for part in np.array_split(rows, min(parts, len(rows)))]
+    assert micro == [part.tolist() for part in expected]  # nearly equal, none empty
+    assert (report.padding < whole.padding) if parts < 50 else report.padding == 0
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_micro_batch_that_diverges_stops_the_step(where):
+    calls = []
+
+    def loss(rows):
+        calls.append(1)
+        return j.module[0].sum() * (math.nan if len(calls) == where + 1 else 1.0)
+
+    j = job(loss)
+    with pytest.raises(DivergedError, match="epoch 1, step 1"):
+        fit(Trainer(epochs=1, batch_size=5, accumulate=2), j)
+    assert torch.equal(j.module[0].detach(), torch.ones(3))
+
+
 def test_adamw_groups():
     module = [torch.ones(2, 3, requires_grad=True)]
     head = [torch.ones(4, 3, requires_grad=True), torch.ones(4, requires_grad=True)]

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from cl_peft.backbones.base import Backbone
+from cl_peft.backbones.checkpointing import checkpointed
 from cl_peft.backbones.features import Features
+from cl_peft.backbones.trunk import Trunk, trunk_of
 from cl_peft.batching import by_length
 from cl_peft.config import Seeds
 from cl_peft.console import Console
@@ -75,6 +77,21 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Later:
+    """A task's stored unit whose module need not be read before something needs it.
+
+    Attributes:
+        digest: Name of everything in it.
+        head: Its head's tensors, as far as it has a head.
+        read: Reads all of it, and checks that it is what ``digest`` and ``head`` say.
+    """
+
+    digest: str
+    head: dict[str, Tensor]
+    read: Callable[[], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class Fit:
     """One fit, as a learner's loss sees it.
 
@@ -111,6 +128,8 @@ class Learner(ABC):
             Equal results are looked up instead of trained again.
         keeps_examples: Whether it keeps training examples of earlier tasks.
         modules: Names of the modules that it fits; empty: any.
+        splits: Whether its loss is a mean over the examples of a step, besides what does not depend
+            on them: ``trainer.accumulate`` may then split a step.
     """
 
     uses_router: ClassVar[bool] = True
@@ -120,11 +139,13 @@ class Learner(ABC):
     history: ClassVar[Literal["task", "stream"]] = "stream"
     keeps_examples: ClassVar[bool] = False
     modules: ClassVar[tuple[str, ...]] = ()
+    splits: ClassVar[bool] = True
 
     def start(self, tools: Tools) -> None:
         """Receive the tools; called once, before anything else."""
         self.tools = tools
         self.units: dict[int, Unit] = {}
+        self._trunk: Trunk | None = None  # of the task that trains
         self.passes = 0  # test examples that went through the backbone
         self.steps = 0  # optimizer steps, over all tasks
         self.report: Report | None = None
@@ -142,7 +163,13 @@ class Learner(ABC):
             tensors: What :meth:`snapshot` gave after it; empty if it was not kept.
         """
 
-    def restore(self, snapshots: Mapping[int, dict[str, Tensor]], seen: Sequence[Task]) -> None:
+    def recall_later(self, task: Task, stored: Later) -> None:
+        """Like :meth:`recall`; a learner that asks one module per sample can leave it unread."""
+        self.recall(task, stored.read())
+
+    def restore(
+        self, snapshots: Mapping[int, dict[str, Tensor] | Later], seen: Sequence[Task]
+    ) -> None:
         """Come back to the state after the tasks ``seen``.
 
         Args:
@@ -150,7 +177,11 @@ class Learner(ABC):
             seen: The tasks learned so far.
         """
         for task in seen:
-            self.recall(task, snapshots.get(task.index, {}))
+            stored = snapshots.get(task.index, {})
+            if isinstance(stored, Later):
+                self.recall_later(task, stored)
+            else:
+                self.recall(task, stored)
 
     def unit_for(self, task: int) -> int | None:
         """Key of the unit that answers for a task; None where there is none (yet)."""
@@ -351,7 +382,14 @@ class Learner(ABC):
             validate=accuracy if len(validation) else None,
             on_step=on_step,
         )
-        self.report = tools.trainer.fit(job, tools.optimizer, self._device, tools.console)
+        if own:  # else only a head trains, on whatever its learner hands it
+            self._trunk = self._trunk_of(train.inputs, job.title)
+        again = tools.trainer.checkpointing == "on"
+        try:
+            with checkpointed(tools.backbone.model, tools.bank) if again else nullcontext():
+                self.report = tools.trainer.fit(job, tools.optimizer, self._device, tools.console)
+        finally:
+            self._trunk = None
         self.steps += self.report.steps
 
     def _loss(self, fit: Fit, rows: np.ndarray) -> Tensor:
@@ -371,8 +409,19 @@ class Learner(ABC):
 
     def _pooled(self, inputs: Sequence[Any], rows: np.ndarray) -> Tensor:
         """Pooled features of ``inputs[rows]`` under the scope that is open."""
-        encoded = self.tools.features.encoded([inputs[r] for r in rows])
-        return self.tools.backbone(self.tools.backbone.collate(encoded))
+        items = [inputs[r] for r in rows]
+        batch = self.tools.backbone.collate(self.tools.features.encoded(items))
+        # right whatever scope is open and whoever asks: modules act above the trunk alone
+        with nullcontext() if self._trunk is None else self._trunk.given(items):
+            return self.tools.backbone(batch)
+
+    def _trunk_of(self, inputs: Sequence[Any], title: str) -> Trunk | None:
+        """What is frozen below all modules, for a task's examples, if keeping it pays."""
+        tools, trainer = self.tools, self.tools.trainer
+        if trainer.trunk == "every_step" or trainer.epochs == 1:
+            return None
+        with trainer.autocast(self._device):
+            return trunk_of(tools.features, tools.bank.sites, inputs, 1e9 * trainer.trunk_gb, title)
 
     def _fresh(self, task: Task) -> tuple[Module, Head]:
         """A fresh module and a head for the task's classes, decided by (seed.init, task)."""
@@ -393,11 +442,15 @@ class Learner(ABC):
 
     def _load(self, tensors: dict[str, Tensor], task: int) -> tuple[Module, Head]:
         """Module and head out of a stored unit; refuses tensors that do not fit."""
-        source = f"the stored module of task {task + 1}"
-        heads = {n: t for n, t in tensors.items() if n.startswith("head.")}
-        require(heads, {"head.weight", "head.bias", "head.classes"}, source)
-        own = {n: t for n, t in tensors.items() if n not in heads}
-        return self.tools.bank.check(own, source), Head.from_tensors(heads, self._device)
+        own = {n: t for n, t in tensors.items() if not n.startswith("head.")}
+        head = self._load_head({n: t for n, t in tensors.items() if n not in own}, task)
+        return self.tools.bank.check(own, f"the stored module of task {task + 1}"), head
+
+    def _load_head(self, tensors: dict[str, Tensor], task: int) -> Head:
+        """Head out of a stored unit's own; refuses tensors that do not fit."""
+        names = {"head.weight", "head.bias", "head.classes"}
+        require(tensors, names, f"the stored module of task {task + 1}")
+        return Head.from_tensors(tensors, self._device)
 
     @property
     def _newest(self) -> int:

@@ -119,6 +119,7 @@ class Rehearsal(Sequential):
     """
 
     keeps_examples: ClassVar[bool] = True
+    splits: ClassVar[bool] = False  # every loss draws from the buffer and offers to it
 
     def __init__(self, size: PositiveInt = 200, replay_batch: PositiveInt | None = None) -> None:
         self.size, self.replay_batch = size, replay_batch

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from cl_peft.learners.base import Learner
+from cl_peft.learners.base import Later, Learner, Unit
 from cl_peft.streams.base import Task
 
 
@@ -29,3 +29,9 @@ class Isolated(Learner):
         """Put the module back into the bank."""
         module, head = self._load(tensors, task.index)
         self.units[task.index] = self._unit(self.tools.bank.add(module), head)
+
+    def recall_later(self, task: Task, stored: Later) -> None:
+        """Leave the module in its file until a sample is routed to it."""
+        head = self._load_head(stored.head, task.index).frozen()
+        row = self.tools.bank.add_later(lambda: self._load(stored.read(), task.index)[0])
+        self.units[task.index] = Unit(row, head, stored.digest)

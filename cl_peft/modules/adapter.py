@@ -40,6 +40,7 @@ class Adapter(Method):
         scale: Factor of a parallel adapter; the others are not scaled.
         init_scale: Standard deviation of the weights at the start; 0 starts at the identity.
         norms: Whether the layers' norms are trained.
+        layers: ``upper_half``, ``upper_third``, or numbers from 1; null: all.
     """
 
     def __init__(
@@ -49,25 +50,26 @@ class Adapter(Method):
         scale: PositiveFloat = 4.0,
         init_scale: NonNegativeFloat = 0.01,
         norms: bool = True,
+        layers: Literal["upper_half", "upper_third"] | list[PositiveInt] | None = None,
     ) -> None:
         self.bottleneck, self.placement, self.norms = bottleneck, placement, norms
         self.scale = scale if placement == "parallel" else 1.0
-        self.init_scale = init_scale
+        self.init_scale, self.layers = init_scale, layers
         self._entering: dict[str, Tensor] = {}
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Last linear layers of attention and feed-forward, and norms."""
         if self.placement == "houlsby":
-            adapters = role_sites(model, ("attention_out", "ffn_out"))
+            adapters = role_sites(model, ("attention_out", "ffn_out"), self.layers)
         else:
-            adapters = role_sites(model, ("ffn_out",))
-        return [*adapters, *(norm_sites(model) if self.norms else [])]
+            adapters = role_sites(model, ("ffn_out",), self.layers)
+        return [*adapters, *(norm_sites(model, self.layers) if self.norms else [])]
 
     def install(self, bank: Bank, model: nn.Module) -> list[Handle]:
         """Parallel adapters also look at what enters the feed-forward."""
         handles = super().install(bank, model)
         if self.placement == "parallel":
-            for site in role_sites(model, ("ffn_in",)):
+            for site in role_sites(model, ("ffn_in",), self.layers):
                 handles.append(site.layer.register_forward_pre_hook(self._remember(site)))
         return handles
 

@@ -1,8 +1,9 @@
 """The bank: all modules grown so far, stacked per site, and the scope that routes through them.
 
-Per site and parameter there is one tensor ``(capacity, ...)`` that grows by doubling; a module is a
-row of it. There is no nn.Module per task and site, so a thousand modules cost their bytes and no
-more. The module in training is a separate leaf; it joins the stack when its task ends.
+Per site and parameter there is one tensor ``(capacity, ...)`` that grows (:mod:`.stacks`); a module
+is a row of it. There is no nn.Module per task and site, so a thousand modules cost their bytes and
+no more. The module in training is a separate leaf; it joins the stack when its task ends. A row may
+also wait for its values until something needs it.
 
 Nothing is active outside a scope: ``with bank.use(route): backbone(batch)``.
 """
@@ -10,14 +11,16 @@ Nothing is active outside a scope: ``with bank.use(route): backbone(batch)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl_peft.errors import ConfigError, DamagedRunError
 from cl_peft.modules.base import Handle, Method, Params, Site
+from cl_peft.modules.stacks import Stacks, capacity, grown
 
 #: One module: parameters per site name.
 Module = dict[str, Params]
@@ -95,8 +98,12 @@ class Bank:
         self.sites = method.sites(model)
         self.device = device
         self.count = 0
-        self._stacks: dict[str, Params] = {}
+        self._stacks: Stacks = {}
+        self._waiting: dict[int, Callable[[], Module]] = {}
         self._scope: Route | Module | Given | None = None
+        self._training = False
+        #: What the method's hooks keep during one forward pass of the model.
+        self.passing: Any = None
         self._handles: list[Handle] = method.install(self, model)
 
     def close(self) -> None:
@@ -124,22 +131,30 @@ class Bank:
 
     def add(self, module: Module) -> int:
         """Append a copy of ``module``, folded; returns its row."""
-        row, ready = self.count, self._ready(module)
-        capacity = max((len(t) for p in self._stacks.values() for t in p.values()), default=0)
-        if self.sites and row >= capacity:
-            self._grow(ready, max(1, 2 * capacity))
+        self._write(self.count, self._ready(module))
         self.count += 1
-        self._write(row, ready)
-        return row
+        return self.count - 1
+
+    def add_later(self, load: Callable[[], Module]) -> int:
+        """Append a module that is loaded when something first needs it; returns its row.
+
+        Args:
+            load: Gives the module; what it raises reaches whoever needed it, each time.
+        """
+        self.count += 1
+        self._waiting[self.count - 1] = load
+        return self.count - 1
 
     def replace(self, row: int, module: Module) -> None:
         """Overwrite row ``row`` with ``module``, folded."""
         self._require(row)
         self._write(row, self._ready(module))
+        self._waiting.pop(row, None)
 
     def get(self, row: int) -> Module:
         """Views of row ``row``, without what was derived."""
         self._require(row)
+        self._load([row])
         return {
             site.name: {
                 n: t[row] for n, t in self._stacks[site.name].items() if not n.startswith("~")
@@ -194,12 +209,12 @@ class Bank:
     @contextmanager
     def training(self, module: Module) -> Iterator[None]:
         """Like :meth:`use`, with what only happens in training (dropout) switched on."""
-        self.method.training_mode(True)
+        self._switch(True)
         try:
             with self.use(module):
                 yield
         finally:
-            self.method.training_mode(False)
+            self._switch(False)
 
     @contextmanager
     def give(self, given: Given, training: bool = False) -> Iterator[None]:
@@ -212,12 +227,33 @@ class Bank:
             training: Also switch on what only happens in training (dropout).
         """
         outer, self._scope = self._scope, given
-        self.method.training_mode(training)
+        self._switch(training)
         try:
             yield
         finally:
             self._scope = outer
-            self.method.training_mode(False)
+            self._switch(False)
+
+    def reopening(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes scopes in which is active what is active now, for layers that run once more."""
+
+        def swap(state: tuple[Any, Any, bool]) -> tuple[Any, Any, bool]:
+            before = (self._scope, self.passing, self._training)
+            self._scope, self.passing, training = state
+            self._switch(training)
+            return before
+
+        now = (self._scope, self.passing, self._training)
+
+        @contextmanager
+        def reopened() -> Iterator[None]:
+            outer = swap(now)
+            try:
+                yield
+            finally:
+                swap(outer)
+
+        return reopened
 
     def compose(
         self, rows: Sequence[int], weights: Tensor, new: Module | None = None, batch: int = 1
@@ -230,6 +266,7 @@ class Bank:
             new: A module in training that joins them.
             batch: Number of samples.
         """
+        self._load(rows)
         given: Given = {}
         for site in self.sites:
             stack = self._stacks.get(site.name, {})
@@ -330,8 +367,12 @@ class Bank:
 
     # ------------------------------------------------------------------ inside
 
+    def _switch(self, training: bool) -> None:
+        self._training = training
+        self.method.training_mode(training)
+
     def _checked(self, route: Route) -> Route | None:
-        """The route, or None where it names no module with any weight.
+        """The route, its modules loaded; or None where it names no module with any weight.
 
         Raises:
             IndexError: It names a row that the bank does not have.
@@ -343,6 +384,8 @@ class Bank:
             raise IndexError(
                 f"the route names row {low if low < 0 else high}; the bank has {self.count} modules"
             )
+        if self._waiting:  # rows with weight 0, too: what is gathered must be numbers
+            self._load(route.modules.unique().tolist())
         return route
 
     def _require(self, row: int) -> None:
@@ -370,21 +413,19 @@ class Bank:
         generator = torch.Generator().manual_seed(0)
         return {s.name: self.method.fold(s, self.method.init(s, generator)) for s in self.sites}
 
+    def _load(self, rows: Sequence[int]) -> None:
+        """Fill those of these rows that wait for their values."""
+        for row in [r for r in rows if r in self._waiting]:
+            self._write(row, self._ready(self._waiting[row]()))
+            del self._waiting[row]
+
     @torch.no_grad()
     def _write(self, row: int, ready: Module) -> None:
+        if self.sites and row >= capacity(self._stacks):
+            self._stacks = grown(self._stacks, ready, max(row + 1, self.count))
         for site, params in ready.items():
             for name, tensor in params.items():
                 self._stacks[site][name][row].copy_(tensor)
-
-    def _grow(self, like: Module, capacity: int) -> None:
-        for site in self.sites:
-            stack = self._stacks.setdefault(site.name, {})
-            for name, tensor in like[site.name].items():
-                # rows that no module has yet are never read; memory that was never touched is free
-                bigger = tensor.new_empty((capacity, *tensor.shape)).requires_grad_(False)
-                if name in stack:
-                    bigger[: self.count] = stack[name][: self.count]
-                stack[name] = bigger
 
 
 def flatten(module: Module) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ modules, and hands them to the method's formula in one of two shapes.
 from __future__ import annotations
 
 import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: The parameters of one module at one site, or of a whole batch of modules stacked in front.
 Params = dict[str, Tensor]
+#: In which of the transformer's layers a method may act; None: in all.
+Layers = Literal["upper_half", "upper_third"] | list[int] | None
 
 
 @dataclass(frozen=True)
@@ -219,15 +222,56 @@ def by_pattern(name: str, patterns: dict[str, Any], default: Any) -> Any:  # noq
     return next((v for pattern, v in patterns.items() if matches(name, pattern)), default)
 
 
-def linear_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
+def layer_of(name: str) -> tuple[str, int] | None:
+    """The list of layers that a dotted name lies in, and its place there, from 0; None outside."""
+    parts = name.partition(":")[0].split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+
+
+def among(model: nn.Module, name: str, layers: Layers) -> bool:
+    """Whether a dotted name lies in one of these layers of the model.
+
+    Args:
+        model: The backbone's model.
+        name: What lies in no layer at all (an embedding) was named on its own, and counts.
+        layers: ``upper_half`` or ``upper_third``, rounded up to whole layers; numbers from 1, the
+            lowest, to the backbone's depth; None: all.
+
+    Raises:
+        ConfigError: There is no such layer.
+    """
+    place = layer_of(name)
+    if layers is None or place is None:
+        return True
+    depth = len(model.get_submodule(place[0]))  # type: ignore[arg-type]
+    if isinstance(layers, str):
+        return place[1] >= depth - math.ceil(depth / {"upper_half": 2, "upper_third": 3}[layers])
+    wrong = [n for n in layers if not 1 <= n <= depth]
+    if wrong or not layers:
+        raise ConfigError(
+            f"module.layers: the backbone has layers 1 to {depth}, not "
+            f"{', '.join(map(str, wrong)) or 'none at all'}. The upper half is "
+            f"module.layers=upper_half; null is all."
+        )
+    return place[1] + 1 in layers
+
+
+def linear_sites(model: nn.Module, patterns: list[str], layers: Layers = None) -> list[Site]:
     """Linear layers whose dotted name matches a pattern.
 
     A pattern is a shell pattern (``*.query``) on the whole dotted name or on its end
     (``query``, ``attention.*``); ``all`` means every linear layer of the transformer's layers
     (poolers, heads and embeddings are outside: their outputs do not reach the pooled feature).
 
+    Args:
+        model: The backbone's model.
+        patterns: Name patterns.
+        layers: Only in these of the transformer's layers; see :func:`among`.
+
     Raises:
-        ConfigError: A pattern matches no linear layer; the layers' last names are listed.
+        ConfigError: A pattern matches no linear layer (the layers' last names are listed), or none
+            in these layers, or there is no such layer.
     """
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     if not linears:
@@ -248,5 +292,11 @@ def linear_sites(model: nn.Module, patterns: list[str]) -> list[Site]:
                 f"module.sites: '{pattern}' matches no linear layer of the backbone."
                 f"{did_you_mean(pattern, ends)}\n  layers are called: {', '.join(ends)}, or 'all'"
             )
-        chosen.update(found)
+        there = {n: m for n, m in found.items() if among(model, n, layers)}
+        if not there:
+            raise ConfigError(
+                f"module.sites: '{pattern}' matches nothing in module.layers={layers}. Use "
+                "module.layers=null, or patterns without numbers."
+            )
+        chosen.update(there)
     return [Site(name, layer) for name, layer in linears.items() if name in chosen]

@@ -9,7 +9,10 @@ task brings one.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from cl_peft.modules.base import Method, Params, Site, linear_sites
@@ -17,11 +20,21 @@ from cl_peft.modules.roles import norm_sites
 
 
 class BitFit(Method):
-    """A bias per layer and task."""
+    """A bias per layer and task.
+
+    Args:
+        layers: ``upper_half``, ``upper_third``, or numbers from 1; null: all.
+    """
+
+    def __init__(
+        self,
+        layers: Literal["upper_half", "upper_third"] | list[PositiveInt] | None = None,
+    ) -> None:
+        self.layers = layers
 
     def sites(self, model: nn.Module) -> list[Site]:
         """All linear layers and norms."""
-        return [*linear_sites(model, ["all"]), *norm_sites(model)]
+        return [*linear_sites(model, ["all"], self.layers), *norm_sites(model, self.layers)]
 
     def init(self, site: Site, generator: torch.Generator) -> Params:
         """Zero."""

@@ -34,7 +34,7 @@ class DoRA(LoRA):
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Linear layers that match the patterns."""
-        return linear_sites(model, self.patterns)
+        return linear_sites(model, self.patterns, self.layers)
 
     def init(self, site: Site, generator: torch.Generator) -> Params:
         """``A`` uniform, ``B`` zero, ``m`` the norms of the frozen rows."""

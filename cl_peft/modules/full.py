@@ -17,7 +17,10 @@ through one module does not.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from cl_peft.modules.base import Method, Params, Site, linear_sites
@@ -28,14 +31,19 @@ class Full(Method):
 
     Args:
         sites: Name patterns of layers, or ``all`` linear ones.
+        layers: ``upper_half``, ``upper_third``, or numbers from 1; null: all.
     """
 
-    def __init__(self, sites: list[str] = ("all",)) -> None:  # type: ignore[assignment]
-        self.patterns = list(sites)
+    def __init__(
+        self,
+        sites: list[str] = ("all",),  # type: ignore[assignment]
+        layers: Literal["upper_half", "upper_third"] | list[PositiveInt] | None = None,
+    ) -> None:
+        self.patterns, self.layers = list(sites), layers
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Linear layers that match the patterns."""
-        return linear_sites(model, self.patterns)
+        return linear_sites(model, self.patterns, self.layers)
 
     def init(self, site: Site, generator: torch.Generator) -> Params:
         """Zero."""

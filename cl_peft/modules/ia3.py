@@ -10,7 +10,10 @@ feed-forward. Start: ones, so a fresh module changes nothing. Parameters per lay
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from cl_peft.modules.base import Method, Params, Site
@@ -18,11 +21,21 @@ from cl_peft.modules.roles import role_of, role_sites
 
 
 class IA3(Method):
-    """Rescaling of keys, values and the feed-forward's activations."""
+    """Rescaling of keys, values and the feed-forward's activations.
+
+    Args:
+        layers: ``upper_half``, ``upper_third``, or numbers from 1; null: all.
+    """
+
+    def __init__(
+        self,
+        layers: Literal["upper_half", "upper_third"] | list[PositiveInt] | None = None,
+    ) -> None:
+        self.layers = layers
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Keys, values, and the feed-forward's last layer."""
-        return role_sites(model, ("key", "value", "ffn_out"))
+        return role_sites(model, ("key", "value", "ffn_out"), self.layers)
 
     def init(self, site: Site, generator: torch.Generator) -> Params:
         """Ones."""

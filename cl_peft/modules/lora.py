@@ -32,6 +32,7 @@ class LoRA(Method):
         scaling: ``r``: ``alpha / r``; ``sqrt_r``: ``alpha / sqrt(r)``.
         dropout: Probability of dropping an input of the branch, in training only.
         sites: Name patterns of layers, or ``all`` linear ones.
+        layers: ``upper_half``, ``upper_third``, or numbers from 1; null: all.
         rank_pattern: Other ranks by name pattern; the first that fits counts.
         alpha_pattern: Other alphas, likewise.
     """
@@ -43,11 +44,12 @@ class LoRA(Method):
         scaling: Literal["r", "sqrt_r"] = "r",
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         sites: list[str] = ("all",),  # type: ignore[assignment]
+        layers: Literal["upper_half", "upper_third"] | list[PositiveInt] | None = None,
         rank_pattern: dict[str, PositiveInt] | None = None,
         alpha_pattern: dict[str, PositiveFloat] | None = None,
     ) -> None:
         self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, dropout
-        self.patterns = list(sites)
+        self.patterns, self.layers = list(sites), layers
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
         self._training = False
 
@@ -56,7 +58,7 @@ class LoRA(Method):
         tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
         named = {n for p in self.patterns for n in tables if p != "all" and matches(n, p)}
         linear = [p for p in self.patterns if p == "all" or not any(matches(n, p) for n in tables)]
-        found = linear_sites(model, linear) if linear else []
+        found = linear_sites(model, linear, self.layers) if linear else []
         return [*(Site(n, m) for n, m in tables.items() if n in named), *found]
 
     def rank_at(self, site: Site) -> int:

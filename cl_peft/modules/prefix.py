@@ -139,18 +139,19 @@ class Prefix(VirtualTokens):
 
 
 class _Given:
-    """The prefixes of one bank during one forward pass of the model."""
+    """The prefixes of one bank during one forward pass of the model.
+
+    ``bank.passing`` holds them: ``(B, n, layers, 2, kv)``, and who has which, ``(B, n)``.
+    """
 
     def __init__(self, method: Prefix, bank: Bank, site: Site) -> None:
         self.method, self.bank, self.site = method, bank, site
-        self.tokens: Tensor | None = None  # (B, n, layers, 2, kv)
-        self.present = torch.empty(0)  # (B, n)
 
     def open(
         self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the forward pass: gather once for all layers."""
-        self.tokens = None
+        self.bank.passing = None
         active = self.bank.current(self.site)
         if active is None:
             return None
@@ -160,21 +161,22 @@ class _Given:
         own = next(inputs[n] for n in names if inputs.get(n) is not None)
         layers, heads, width = _shape(self.site)
         like = next(iter(active.params.values()))
-        self.present = self.method.present(active, len(own))
-        self.tokens = self.method.before(
+        present = self.method.present(active, len(own))
+        tokens = self.method.before(
             self.site, like.new_empty(len(own), 0, layers, 2, heads * width), active
         )
+        self.bank.passing = (tokens, present)
         if reads_images(model):
             return None
         inputs = with_mask(inputs, own)
-        positions = place(model, inputs, self.present.sum(1, keepdim=True))
+        positions = place(model, inputs, present.sum(1, keepdim=True))
         if accepts(model, "position_ids"):
             inputs = {**inputs, "position_ids": positions}
         return args, inputs
 
     def close(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
         """After the forward pass."""
-        self.tokens = None
+        self.bank.passing = None
 
     def extend(
         self,
@@ -195,16 +197,17 @@ class _Given:
             queries: Number of queries.
             causal: Whether no mask means a causal one.
         """
-        if self.tokens is None:
+        if self.bank.passing is None:
             return key, value, mask
+        tokens, present = self.bank.passing
         heads, width = key.shape[1], key.shape[3]
-        pairs = self.tokens[:, :, layer].unflatten(-1, (heads, width)).to(key.dtype)
+        pairs = tokens[:, :, layer].unflatten(-1, (heads, width)).to(key.dtype)
         extra = pairs.permute(2, 0, 3, 1, 4)  # (2, B, heads, n, width)
-        if mask is None and (causal or not bool(self.present.all())):
-            mask = self.present.new_ones((1, 1, queries, key.shape[2]))
+        if mask is None and (causal or not bool(present.all())):
+            mask = present.new_ones((1, 1, queries, key.shape[2]))
             mask = mask.tril() if causal else mask
         if mask is not None:
-            shown = self.present[:, None, None].expand(-1, 1, queries, -1)
+            shown = present[:, None, None].expand(-1, 1, queries, -1)
             mask = torch.cat([shown, mask.expand(len(shown), -1, -1, -1)], -1)
         return torch.cat([extra[0], key], 2), torch.cat([extra[1], value], 2), mask
 

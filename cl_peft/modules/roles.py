@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from cl_peft.errors import ConfigError
-from cl_peft.modules.base import Site, linear_sites, matches
+from cl_peft.modules.base import Layers, Site, among, layer_of, linear_sites, matches
 
 Role = Literal["key", "value", "attention_out", "ffn_in", "ffn_out"]
 
@@ -34,13 +34,13 @@ def role_of(name: str) -> Role | None:
     )
 
 
-def role_sites(model: nn.Module, roles: tuple[Role, ...]) -> list[Site]:
-    """Linear layers with one of these roles, in the model's order.
+def role_sites(model: nn.Module, roles: tuple[Role, ...], layers: Layers = None) -> list[Site]:
+    """Linear layers with one of these roles, in the model's order; only in ``layers`` if given.
 
     Raises:
         ConfigError: The backbone has none with one of the roles.
     """
-    sites = [site for site in linear_sites(model, ["all"]) if role_of(site.name) in roles]
+    sites = [site for site in linear_sites(model, ["all"], layers) if role_of(site.name) in roles]
     missing = sorted(set(roles) - {role_of(site.name) for site in sites})
     if missing:
         wanted = {role: ", ".join(PATTERNS[role]) for role in missing if role is not None}
@@ -52,11 +52,12 @@ def role_sites(model: nn.Module, roles: tuple[Role, ...]) -> list[Site]:
     return sites
 
 
-def norm_sites(model: nn.Module) -> list[Site]:
-    """LayerNorms and RMSNorms inside the transformer's layers."""
+def norm_sites(model: nn.Module, layers: Layers = None) -> list[Site]:
+    """LayerNorms and RMSNorms inside the transformer's layers; only in ``layers`` if given."""
     return [
         Site(name, layer)
         for name, layer in model.named_modules()
         if type(layer).__name__.endswith(("LayerNorm", "RMSNorm"))
-        and any(part.isdigit() for part in name.split("."))
+        and layer_of(name) is not None
+        and among(model, name, layers)
     ]

@@ -11,6 +11,7 @@ changes nothing. Parameters per site: ``r + out``; the shared pair is never stor
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -27,6 +28,7 @@ class VeRA(Method):
         d_initial: Value at which ``d`` starts.
         seed: Draws the shared pair.
         sites: Name patterns of linear layers, or ``all``.
+        layers: ``upper_half``, ``upper_third``, or numbers from 1; null: all.
     """
 
     def __init__(
@@ -35,13 +37,14 @@ class VeRA(Method):
         d_initial: PositiveFloat = 0.1,
         seed: NonNegativeInt = 0,
         sites: list[str] = ("all",),  # type: ignore[assignment]
+        layers: Literal["upper_half", "upper_third"] | list[PositiveInt] | None = None,
     ) -> None:
         self.rank, self.d_initial, self.seed = rank, d_initial, seed
-        self.patterns = list(sites)
+        self.patterns, self.layers = list(sites), layers
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Linear layers that match the patterns; draws the shared pair for their sizes."""
-        sites = linear_sites(model, self.patterns)
+        sites = linear_sites(model, self.patterns, self.layers)
         random = torch.Generator().manual_seed(self.seed)
         d_in, d_out = max(s.d_in for s in sites), max(s.d_out for s in sites)
         device = next(model.parameters()).device

@@ -1,10 +1,13 @@
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from core_fixtures import CPU, random_module, texts, tiny
 
 from cl_peft.errors import DamagedRunError
+from cl_peft.modules import stacks
 from cl_peft.modules.bank import Bank, Route, flatten
 from cl_peft.modules.lora import LoRA
 from cl_peft.modules.none import NoModule
@@ -83,13 +86,140 @@ def test_one_module_for_the_whole_batch_takes_the_same_values_either_way(backbon
             torch.testing.assert_close(backbone(batch), slow, atol=1e-5, rtol=1e-5)
 
 
-def test_growing_keeps_earlier_rows_bit_for_bit(bank):
+def test_growing_keeps_earlier_rows_bit_for_bit(bank, monkeypatch):
+    monkeypatch.setattr(stacks, "RESERVED", 0)  # as for modules that are huge
     modules = filled(bank, 9)
     capacities = {len(t) for params in bank._stacks.values() for t in params.values()}
     assert (bank.count, capacities) == (9, {16})
+    same_rows(bank, modules)
+
+
+def same_rows(bank, modules):
     for row, module in enumerate(modules):
         for name, tensor in flatten(bank.get(row)).items():
             assert torch.equal(tensor, flatten(module)[name])
+
+
+def test_nothing_is_copied_while_there_is_room(bank):
+    modules = filled(bank, 1)
+    before = {s: {n: t.data_ptr() for n, t in p.items()} for s, p in bank._stacks.items()}
+    modules += [random_module(bank, seed) for seed in range(1, 40)]
+    for module in modules[1:]:
+        bank.add(module)
+    assert before == {s: {n: t.data_ptr() for n, t in p.items()} for s, p in bank._stacks.items()}
+    same_rows(bank, modules)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux' count of pages")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_reserved_memory_is_not_touched(bank, deterministic):
+    """Runs ask for deterministic kernels, with which torch fills new memory unless told not to."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        started = resident()
+        filled(bank, 20)
+        assert resident() - started < stacks.RESERVED / 20
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+    held = sum(t.numel() * t.element_size() for p in bank._stacks.values() for t in p.values())
+    assert 0.99 * stacks.RESERVED < held <= stacks.RESERVED
+
+
+@pytest.mark.parametrize("room", [1000, 12, 9])
+def test_a_system_that_promises_less_gets_asked_for_less(bank, monkeypatch, room):
+    empty = torch.Tensor.new_empty
+
+    def strict(self, shape, **options):
+        if shape[0] > room:
+            raise RuntimeError("not enough memory: you tried to allocate")
+        return empty(self, shape, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", strict)
+    modules = filled(bank, 9)
+    same_rows(bank, modules)
+    for _ in range(room - bank.count):
+        bank.add(modules[0])
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        bank.add(modules[0])
+    assert bank.count == room
+    same_rows(bank, modules)
+
+
+# ------------------------------------------------------------------ modules that wait
+
+
+def waiting(bank, modules):
+    """Modules that are not loaded yet, and which were asked for, in order."""
+    asked = []
+
+    def later(i):
+        return lambda: asked.append(i) or modules[i]
+
+    for i in range(len(modules)):
+        bank.add_later(later(i))
+    return asked
+
+
+def test_a_module_is_loaded_once_when_something_routes_to_it():
+    one, other = tiny(), tiny()
+    eager, lazy = (Bank(LoRA(rank=2, alpha=6.0), b.model, CPU) for b in (one, other))
+    modules = filled(eager, 6)
+    asked = waiting(lazy, modules)
+    assert (lazy.count, asked) == (6, [])
+    batch = one.collate(one.encode(texts(3, seed=1)))
+    steps = [
+        (torch.tensor([-1, -1, -1]), []),
+        (torch.tensor([4, 4, 4]), [4]),
+        (torch.tensor([4, 1, 1]), [4, 1]),
+        (torch.tensor([1, -1, 1]), [4, 1, 0]),  # a row with weight 0 must hold numbers, too
+    ]
+    for rows, expected in steps:
+        with lazy.use(Route.each(rows)), eager.use(Route.each(rows)):
+            assert torch.equal(other(batch), one(batch))
+        assert asked == expected
+    lazy.get(5)
+    lazy.compose([0, 5], torch.ones(2))
+    assert asked == [4, 1, 0, 5]
+    with lazy.merged(2):
+        pass
+    lazy.replace(3, modules[0])
+    assert asked == [4, 1, 0, 5, 2]
+    same_rows(lazy, [*modules[:3], modules[0], *modules[4:]])
+    assert len(asked) == 5
+
+
+def test_a_module_that_cannot_be_loaded_is_an_error_each_time(bank):
+    modules = filled(bank, 2)
+
+    def broken():
+        raise DamagedRunError("no")
+
+    bank.add_later(broken)
+    for _ in range(2):
+        with pytest.raises(DamagedRunError, match="no"), bank.use(Route.to(2, 1)):
+            pass
+    bank.add(modules[0])
+    assert bank.count == 4
+    same_rows(bank, modules)
+    bank.replace(2, modules[1])
+    same_rows(bank, [*modules, modules[1], modules[0]])
+
+
+def test_whoever_loads_first_may_be_in_inference_mode(bank):
+    modules = [random_module(bank, seed) for seed in range(2)]
+    asked = waiting(bank, modules)
+    with torch.inference_mode():
+        bank.get(0)
+    bank.get(1)
+    bank.replace(0, modules[0])
+    assert asked == [0, 1]
+    same_rows(bank, modules)
 
 
 def test_the_bank_keeps_a_copy_not_the_leaf_in_training(bank):
@@ -116,7 +246,7 @@ def test_replace_changes_one_row(bank):
 
 @pytest.mark.parametrize("row", [3, -1])
 def test_a_row_that_is_not_there_is_refused(backbone, bank, row):
-    filled(bank, 3)  # capacity 4: row 3 exists in memory, and belongs to nobody
+    filled(bank, 3)  # row 3 exists in memory, and belongs to nobody
     batch = backbone.collate(backbone.encode(["abc", "de"]))
     with pytest.raises(IndexError, match="3 modules"):
         bank.get(row)

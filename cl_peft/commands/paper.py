@@ -1,0 +1,90 @@
+"""``cl-peft table`` and ``cl-peft figures``: what goes into a paper, out of a group of runs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from analysis.report_data import Sweep
+
+
+def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type for it)
+    """Add the subcommands to the parser's."""
+    table = commands.add_parser(
+        "table",
+        help="configurations against metrics, as Markdown, LaTeX or CSV",
+        description="Mean over seeds with 95 % intervals; best in bold, second underlined, and a "
+        "dagger where a paired permutation test with Holm's correction tells from the best.",
+    )
+    table.add_argument("folder", type=Path, help="group folder, runs/GROUP, or all of runs")
+    table.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="METRIC",
+        help="columns, such as average_accuracy_routed; a wrong one is answered with all names",
+    )
+    table.add_argument("--format", choices=["markdown", "latex", "csv"], default="markdown")
+    table.add_argument(
+        "--reference", metavar="LABEL", help="configuration to test others against; default best"
+    )
+    table.add_argument("-o", "--output", type=Path, help="file to write; default the terminal")
+    table.set_defaults(run=_table)
+
+    figures = commands.add_parser(
+        "figures",
+        help="every figure that a group of runs allows, as files",
+        description="Sweep overview, anytime accuracy, stability and plasticity, accuracy against "
+        "parameters, critical difference, and forgetting per task.",
+    )
+    figures.add_argument("folder", type=Path, help="group folder, runs/GROUP, or all of runs")
+    figures.add_argument("-o", "--output", type=Path, required=True, help="folder to write into")
+    figures.add_argument("--format", choices=["pdf", "svg", "png"], default="pdf")
+    figures.set_defaults(run=_figures)
+
+
+def _table(options: argparse.Namespace) -> int:
+    from analysis.paper import DEFAULT_METRICS, paper_table
+
+    metrics = options.metrics or DEFAULT_METRICS
+    frame = _sweep(options.folder).finished
+    found = paper_table(frame, metric=metrics, reference=options.reference)
+    forms = {"markdown": found.to_markdown, "latex": found.to_latex, "csv": found.to_csv}
+    text = forms[options.format]()
+    if options.output is None:
+        print(text, end="" if text.endswith("\n") else "\n")
+    else:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text)
+        print(options.output)
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from analysis import figures
+    from analysis.report_figures import plan
+
+    drawn = 0
+    for picture in plan(_sweep(options.folder)):
+        name = re.sub(r"\W+", "_", picture.title.lower()).strip("_")
+        try:
+            print(figures.save(picture.draw(), options.output / f"{name}.{options.format}"))
+            drawn += 1
+        except DataError as error:
+            print(f"not drawn: {picture.title}: {error}")
+    return int(not drawn)
+
+
+def _sweep(folder: Path) -> Sweep:
+    from analysis.report_data import gather
+
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}; give a group's, runs/GROUP.")
+    sweep = gather(folder)
+    if sweep.finished.empty:
+        raise DataError(f"No run in {folder} is finished yet; cl-peft status {folder} shows them.")
+    return sweep
