@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import sys
@@ -38,8 +39,12 @@ TABLE = "status.csv"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 #: The sweep of this process: where its runs go and when it began. Filled by :class:`Sweep`.
 _sweeps: list[tuple[Path, float]] = []
+#: Jobs of this process' sweep that another process was running when their turn came.
+_left: list[Callable[[], object]] = []
 
 
+#: Exit code of Ctrl-C.
+INTERRUPTED = 130
 #: Environment variable that tells a sweep's jobs when it began, in seconds of the epoch.
 BEGAN = "CL_PEFT_SWEEP_BEGAN"
 
@@ -69,12 +74,24 @@ def launch(main: Callable[[], Any]) -> int:
     """
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors shall reach us, not be printed and swallowed
+    code = _guarded(main, raw)
+    while _left and code != INTERRUPTED:
+        code = _guarded(_left.pop(0), raw) or code
+    for runs, began in _sweeps:
+        for table in sorted(runs.glob(f"*/{TABLE}")):
+            if table.stat().st_mtime >= began - 1:  # clocks of file systems are coarse
+                _sweep_table(table)
+    return code
+
+
+def _guarded(main: Callable[[], Any], raw: bool) -> int:
+    """Call it; the exit code, with whatever it raises in words."""
     code = 0
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last finished task", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -97,18 +114,17 @@ def launch(main: Callable[[], Any]) -> int:
         else:
             print(f"error: {explain(error)}", file=sys.stderr)
             code = 2
-    for runs, began in _sweeps:
-        for table in sorted(runs.glob(f"*/{TABLE}")):
-            if table.stat().st_mtime >= began - 1:  # clocks of file systems are coarse
-                _sweep_table(table)
     return code
 
 
 def job(cfg: DictConfig) -> float:
     """Run one configuration, or recognise that it has run.
 
+    A sweep's job that another process is running is left for the end, so that several processes
+    share a sweep: by then it is finished, or its process has died and it is gone on with here.
+
     Returns:
-        Final routed average accuracy, which a sweeper may optimise.
+        Final routed average accuracy, which a sweeper may optimise; NaN for a job that is left.
     """
     from cl_peft.console import Console
 
@@ -139,12 +155,30 @@ def job(cfg: DictConfig) -> float:
         for what, other in baselines.items():
             console.message(f"baseline {what}: {run_id(other)}")
             _run(other, console, jobs)
-    folder = _run(config, console, jobs, baselines)
     from cl_peft import presentation
 
-    if sweep:  # the sweep's table comes at its end
-        return presentation.write(folder.path).score
-    return presentation.show(folder.path, console)
+    if not sweep:
+        folder = _run(config, console, jobs, baselines)
+        return presentation.show(folder.path, console)
+
+    def compute() -> float:  # the sweep's table comes at its end
+        return presentation.write(_run(config, console, jobs, baselines).path).score
+
+    if _one_by_one(hydra) and _folder(config).busy():
+        console.message("another process runs this configuration; it is looked at again in the end")
+        _left.append(compute)
+        return math.nan
+    return compute()
+
+
+def _one_by_one(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's own node)
+    """Whether jobs run in this process in a fixed order, so that one can be put off."""
+    plain = ("launcher._target_", "Launcher"), ("sweeper._target_", "Sweeper")
+    return all(str(OmegaConf.select(hydra, key)).endswith(f"Basic{end}") for key, end in plain)
+
+
+def _folder(config: Mapping[str, Any]) -> RunFolder:
+    return RunFolder(Path(config["paths"]["runs"]).expanduser() / config["group"] / run_id(config))
 
 
 def _run(
@@ -154,8 +188,7 @@ def _run(
     baselines: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunFolder:
     """Run a validated configuration, go on with it, or recognise that it has run."""
-    name = run_id(config)
-    folder = RunFolder(Path(config["paths"]["runs"]).expanduser() / config["group"] / name)
+    folder = _folder(config)
     waiting = "another process runs this configuration; waiting for it"
     with folder.lock(lambda: console.message(waiting)):
         if config["fresh"]:

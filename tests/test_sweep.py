@@ -1,8 +1,14 @@
 """Sweeps: folders named by what they compute, a status table, finished jobs skipped."""
 
+import os
+import signal
+import subprocess
+import sys
+
+import filelock
 import pandas as pd
 import pytest
-from running import RIDGE, ROOT, command, digests, folder_of, warm_command
+from running import RIDGE, ROOT, command, digests, environment, folder_of, warm_command
 
 SMOKE = ("debug=smoke", "trainer.epochs=1")
 MAIN = str(ROOT / "main.py")
@@ -100,9 +106,35 @@ def test_table_of_every_group_that_the_sweep_touched(tmp_path, cache):
     assert "there is no class 'x'" in failed.stderr
     done = sweep(tmp_path, *places, "group=a,b")
     assert done.returncode == 0
-    assert [done.stdout.count(f" in {tmp_path / group}\n") for group in "ab"] == [1, 1]
+    assert [done.stdout.count(f" in {tmp_path / group}: ") for group in "ab"] == [1, 1]
     table = pd.read_csv(tmp_path / "a" / "status.csv")
     assert sorted(table["state"]) == ["failed", "finished"]
+
+
+def test_processes_share_a_sweep(tmp_path, cache):
+    """A job that somebody else is running is left for the end, not waited for."""
+    args = (*SMOKE, *RIDGE, f"paths.runs={tmp_path}", f"paths.cache={cache}")
+    folders = [folder_of(*args, f"seed.init={seed}") for seed in (0, 1, 2)]
+    folders[0].mkdir(parents=True)
+    begun = [sys.executable, MAIN, "--multirun", *args, "seed.init=0,1,2"]
+    pipe = {"stderr": subprocess.PIPE, "text": True, "env": environment()}
+    with filelock.FileLock(folders[0] / ".lock"), subprocess.Popen(begun, **pipe) as process:
+        said = []
+        for line in process.stderr:  # somebody else runs the first
+            said.append(line)
+            if "waiting for it" in line:
+                break
+        assert [(f / "results.parquet").exists() for f in folders] == [False, True, True]
+        os.kill(process.pid, signal.SIGKILL)
+    text = "".join(said)
+    assert text.count("it is looked at again in the end") == 1
+    assert text.count("task 3/3") == 2
+    done = sweep(tmp_path, *args[2:], "seed.init=0,1,2")  # the other process has died
+    assert done.returncode == 0
+    assert done.stderr.count("already finished") == 2
+    assert done.stderr.count("task 3/3") == 1
+    table = pd.read_csv(folders[0].parent / "status.csv")
+    assert list(table["state"]) == ["finished"] * 3
 
 
 @pytest.mark.slow
