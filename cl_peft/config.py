@@ -12,25 +12,22 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from cl_peft.combinations import NAME, combination_problems
 from cl_peft.errors import ConfigError, did_you_mean
 from cl_peft.schema import class_constant, constructor_model
-from cl_peft.streams.checks import protocol_problems
 
 #: Groups whose ``_target_`` names the class that the other keys configure.
 AXES = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer", "tracker")
 #: Keys that decide where and on what a run happens, not what it computes: no part of its identity.
 NOT_IDENTITY = ("paths", "tracker", "hydra", "group", "fresh", "device", "threads", "cache",
                 "bounds", "fail_fast")  # fmt: skip
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class _Closed(BaseModel):
@@ -150,7 +147,7 @@ def validate(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     config.update(_check_model(Settings, top, "", "the configuration", problems))
     if not problems:
         config = _normalise(config)
-        problems += _combinations(config)
+        problems += combination_problems(config)
     if problems:
         raise ConfigError("configuration: " + "\nconfiguration: ".join(problems))
     return config
@@ -203,7 +200,7 @@ def split_stream(node: Mapping[str, Any]) -> tuple[Protocol, dict[str, Any]]:
 def _check_axis(axis: str, node: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """Check one axis' node against its class's constructor; return it with defaults filled in."""
     target, name = str(node["_target_"]), node.get("name")
-    if not isinstance(name, str) or (axis != "backbone" and not _NAME.fullmatch(name)):
+    if not isinstance(name, str) or (axis != "backbone" and not NAME.fullmatch(name)):
         problems.append(
             f"{axis}.name: {name!r} cannot be used in a folder name. Allowed: letters, digits, "
             "'.', '_' and '-', at most 64."
@@ -232,7 +229,7 @@ def _check_axis(axis: str, node: dict[str, Any], problems: list[str]) -> dict[st
 def _check_set(name: str, node: object, problems: list[str]) -> object:
     """Check one of the data sets that a stream joins; return it with defaults filled in."""
     where = f"stream.sets.{name}"
-    if not _NAME.fullmatch(str(name)):
+    if not NAME.fullmatch(str(name)):
         problems.append(f"{where}: {name!r} cannot name a folder. Use letters, digits, '.', '_'.")
     if not isinstance(node, dict) or not str(node.get("_target_")).startswith("cl_peft.streams."):
         problems.append(f"{where}: say what it is, as in _target_: cl_peft.streams.hub.Hub.")
@@ -302,118 +299,3 @@ def _normalise(config: dict[str, Any]) -> dict[str, Any]:
     if not class_constant(learner, "uses_module"):
         config["module"] = {"_target_": "cl_peft.modules.none.NoModule", "name": "none"}
     return config
-
-
-def _combinations(config: dict[str, Any]) -> Iterator[str]:
-    """What no single axis can see: yields one line per combination that makes no sense."""
-    stream, backbone = config["stream"], config["backbone"]
-    router, learner, module = config["router"], config["learner"], config["module"]
-    if not _NAME.fullmatch(config["group"]):
-        yield f"group={config['group']!r}: letters, digits, '.', '_' and '-', at most 64."
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config["device"]):
-        yield f"device={config['device']!r}: allowed are auto, cpu, cuda, cuda:N and mps."
-    if class_constant(learner["_target_"], "uses_router"):
-        sees_task = class_constant(router["_target_"], "sees_task")
-        if router["name"] == "none":
-            yield (
-                f"router=none does not fit learner={learner['name']}: it grows one module per task "
-                "and something must choose between them. Try router=ridge."
-            )
-        elif not sees_task and (problem := _use_of_choice(config)):
-            yield problem
-        elif stream["scenario"] == "task" and not sees_task:
-            yield (
-                f"stream.scenario=task gives the task at test time, so router={router['name']} has "
-                "nothing to choose. Use router=oracle, or stream.scenario=class."
-            )
-    if class_constant(learner["_target_"], "uses_module") and module["name"] == "none":
-        yield (
-            f"module=none does not fit learner={learner['name']}, which trains a module. Try "
-            "module=lora, or learner=frozen for the backbone without modules."
-        )
-    fitting = class_constant(learner["_target_"], "modules")
-    if fitting and module["name"] not in fitting:
-        yield (
-            f"learner={learner['name']} is made for {' or '.join(f'module={m}' for m in fitting)}, "
-            f"not module={module['name']}."
-        )
-    source_modality = class_constant(stream["_target_"], "modality")
-    backbone_modality = class_constant(backbone["_target_"], "modality")
-    if source_modality != backbone_modality:
-        yield (
-            f"stream={stream['name']} delivers {source_modality}, but the backbone "
-            f"{backbone['_target_'].rsplit('.', 1)[1]} reads {backbone_modality}. Choose a "
-            f"backbone for {source_modality}, such as backbone=minilm for text."
-        )
-    if stream["scenario"] == "domain" and stream.get("domain", "") is None:
-        yield (
-            "stream.scenario=domain needs to know each example's domain. Add "
-            "stream.domain=COLUMN, or use stream.scenario=class."
-        )
-    yield from protocol_problems(stream)
-    yield from _accumulation(config)
-    if config["trainer"].get("patience") is not None and not _has_validation(stream):
-        yield (
-            "trainer.patience stops on validation accuracy, but there are no validation examples. "
-            "Set stream.validation_share=0.1, or trainer.patience=null."
-        )
-
-
-def _accumulation(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with splitting steps, if they are to be split."""
-    trainer, learner = config["trainer"], config["learner"]
-    parts, batch = trainer.get("accumulate", 1), trainer.get("batch_size", 1)
-    if parts > 1 and not class_constant(learner["_target_"], "splits"):
-        yield (
-            f"trainer.accumulate={parts} does not fit learner={learner['name']}: its loss draws "
-            "from a buffer once a step, so a step cannot be split. Use trainer.accumulate=1; "
-            "trainer.checkpointing=on or a smaller trainer.batch_size saves memory as well."
-        )
-    elif parts > batch:
-        yield (
-            f"trainer.accumulate={parts}: a step has trainer.batch_size={batch} examples, and "
-            f"cannot be split into more. Use trainer.accumulate={batch} or less."
-        )
-
-
-def _has_validation(stream: Mapping[str, Any]) -> bool:
-    nodes = [stream, *(stream.get("sets") or {}).values()]
-    return stream["validation_share"] > 0 or any(
-        node.get(key) is not None for node in nodes for key in ("validation", "validation_split")
-    )
-
-
-def _use_of_choice(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with how a router's choice is to be used, if anything."""
-    router, module = config["router"], config["module"]
-    name, soft = router["name"], router.get("mix") == "soft"
-    combines, heads = router.get("combine", "none") != "none", router.get("combine") == "heads"
-    if combines and not class_constant(router["_target_"], "knows_classes"):
-        return (
-            f"router.combine={router['combine']} needs a router that knows classes, which router="
-            f"{name} does not. Try router=ridge."
-        )
-    if combines and soft:
-        return f"router.combine={router['combine']} and router.mix=soft exclude each other."
-    if heads and not _has_validation(config["stream"]):
-        return (
-            "router.combine=heads chooses its weight on validation examples, and there are none. "
-            "Set stream.validation_share=0.1."
-        )
-    mixes = soft or class_constant(router["_target_"], "mixes")
-    fitting = class_constant(router["_target_"], "modules")
-    if fitting and module["name"] not in fitting:
-        wanted = " or ".join(f"module={m}" for m in fitting)
-        return f"router={name} is made for {wanted}, not module={module['name']}."
-    if mixes and not class_constant(module["_target_"], "weightable"):
-        return (
-            f"module={module['name']} cannot be mixed by weights, as router={name} would: its "
-            "virtual tokens are there or not. Use router.mix=hard with a router that chooses, or "
-            "module=lora."
-        )
-    if router.get("top_k", 1) > 1 and not (mixes or heads):
-        return (
-            f"router.top_k={router['top_k']} has no effect with a hard choice. Add "
-            "router.mix=soft or router.combine=heads, or set router.top_k=1."
-        )
-    return None

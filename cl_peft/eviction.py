@@ -52,10 +52,13 @@ class Entry:
 
 
 def entries(folder: Path, kinds: Iterable[str] = KINDS) -> Iterator[Entry]:
-    """All files of a cache but locks; those that vanish meanwhile are left out."""
+    """All entries of a cache, finished or half; those that vanish meanwhile are left out.
+
+    Files that no store has written are none, whatever folder somebody takes for a cache.
+    """
     for kind in kinds:
-        for path in (folder / kind).glob("*/*"):
-            if path.suffix != ".lock":
+        for path in (folder / kind).glob("??/*.safetensors*"):
+            if path.name.removeprefix(".").startswith(path.parent.name):
                 with suppress(FileNotFoundError):  # evicted by another process
                     found = path.stat()
                     yield Entry(path, kind, found.st_size, found.st_mtime)
@@ -80,7 +83,8 @@ class Bound:
 
     The disk is looked at after the first write of a process, and again whenever it wrote
     :data:`STEP` of the bound. Room for the next two steps is made each time, so a process alone
-    stays below the bound, and each other one beside it exceeds it by a step at most.
+    stays below the bound, and each other one beside it exceeds it by a step at most; beyond that
+    by what was used within :data:`FRESH`, and by one value that is larger than a step.
 
     Args:
         folder: The cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 AXES = {"train/*": "train/step", "eval/*": "task/idx"}
 #: W&B cuts a longer table off without a word that a person would see.
 MAX_TABLE_ROWS = 200_000
+#: Entries of provenance.json that tell of the machine and the code, and stay in the run folder.
+PRIVATE = ("command", "git_revision", "git_dirty", "platform", "cpus", "sessions")
 #: Seconds that an unreachable server may cost when a run starts, and when it ends.
 START_TIMEOUT, FINISH_TIMEOUT = 20.0, 120.0
 
@@ -228,14 +231,17 @@ class WandbTracker(Tracker):
             self._run.log_artifact(self._modules(wandb))
 
     def _modules(self, wandb: Any) -> Any:  # noqa: ANN401 (the module is imported lazily)
-        """Modules and heads of all tasks, with what is needed to load them again."""
+        """Modules and heads of all tasks, as a run folder that can be loaded again."""
         about = {"tasks": len(list(self._folder.glob("tasks/*/module.safetensors")))}
         artifact = wandb.Artifact(f"modules-{self._run.id}", type="modules", metadata=about)
-        names = [self._folder / name for name in ("config.yaml", "stream.json", "provenance.json")]
+        names = [self._folder / name for name in ("config.yaml", "stream.json", "manifest.json")]
         for path in [*names, *sorted(self._folder.glob("tasks/*/*.safetensors"))]:
             artifact.add_file(
                 str(path), name=path.relative_to(self._folder).as_posix(), policy="immutable"
             )
+        facts = json.loads((self._folder / "provenance.json").read_text())
+        with artifact.new_file("provenance.json") as file:
+            json.dump({k: v for k, v in facts.items() if k not in PRIVATE}, file, indent=1)
         return artifact
 
 

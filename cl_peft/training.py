@@ -128,12 +128,15 @@ class Trainer:
         self.trunk, self.trunk_gb = trunk, trunk_gb
         self.accumulate, self.checkpointing = accumulate, checkpointing
 
+    def in_bf16(self, device: torch.device) -> bool:
+        """Whether training computes in bfloat16 there: by the card's kind, where it is ``auto``."""
+        if self.precision != "auto":
+            return self.precision == "bf16"
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which forward passes of training run."""
-        cuda = device.type == "cuda"
-        supported = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        wanted = self.precision == "bf16" or (self.precision == "auto" and supported)
-        return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.in_bf16(device))
 
     def rate(self, step: int, total: int) -> float:
         """Factor of the learning rate before step ``step`` (0-based) of ``total``."""

@@ -144,6 +144,7 @@ class World:
             self.learner.tools.class_names,  # modules may start from them
             self.backbone.key(),
             self.backbone.device.type,
+            self.learner.tools.trainer.in_bf16(self.backbone.device),
             torch.get_num_threads(),  # sums are split among threads, and round differently
             len(self.stream.class_names),
             len(self.stream.tasks) if history else None,

@@ -12,6 +12,9 @@ import pytest
 from fake_run import config, write_run
 from rich.console import Console
 
+import analysis
+from analysis import figures
+from analysis.report_figures import Plan
 from cl_peft.cli import main
 from cl_peft.commands import status as status_table
 
@@ -276,6 +279,30 @@ def test_figures_as_files(group, tmp_path, capsys):
     assert {"sweep_overview.svg", "anytime_accuracy.svg"} < files
     assert all(str(target / name) in out for name in files)
     assert "not drawn: Critical difference: " in out  # one configuration has no ranks
+
+
+def test_figures_of_names_that_are_alike_or_long_do_not_overwrite_each_other(
+    group, tmp_path, capsys, monkeypatch
+):
+    titles = ["Forgetting: x=-1", "Forgetting: x=1", "a" * 300]
+    plans = [Plan(title, "", lambda: figures.sweep_overview(final(group))) for title in titles]
+    monkeypatch.setattr("analysis.report_figures.plan", lambda _: plans)
+    assert main(["figures", str(group), "-o", str(tmp_path / "f"), "--format", "svg"]) == 0
+    files = [tmp_path / "f" / line for line in capsys.readouterr().out.splitlines()]
+    assert [f.stem for f in files] == ["forgetting_x_1", "forgetting_x_1_1", "a" * 80]
+    assert all(f.is_file() for f in files)
+
+
+def final(group):
+    return analysis.load_runs(group).query("state == 'finished'")
+
+
+def test_what_cannot_be_written_is_said_in_words(group, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for command, target in (("figures", "file"), ("table", "file/table.md")):
+        assert main([command, str(group), "-o", str(tmp_path / target)]) == 2
+        assert "error: cannot write" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_tables_need_a_finished_run(group, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 from running import CONF, ROOT, command, config
 
-from cl_peft import config as config_module
+from cl_peft import combinations
 from cl_peft.config import AXES, build, plain, run_id, validate
 from cl_peft.errors import ConfigError
 
@@ -170,9 +170,9 @@ def test_combination_that_makes_sense_is_allowed(overrides):
 
 
 def test_text_stream_needs_a_backbone_for_text(monkeypatch):
-    real = config_module.class_constant
+    real = combinations.class_constant
     monkeypatch.setattr(
-        config_module,
+        combinations,
         "class_constant",
         lambda target, name: "image" if ".backbones." in target else real(target, name),
     )

@@ -97,6 +97,19 @@ def test_downloads_are_never_touched(ancient):
     assert all(path.stat().st_size == 50 * KB for path in other)
 
 
+def test_what_is_no_entry_is_never_touched(ancient):
+    """A folder of somebody's own may have parts that are called features or modules."""
+    names = ("features/aa/data.csv", "modules/lora/weights.safetensors", "tokens/ab/cd.safetensors")
+    for path in (ancient / name for name in names):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(50 * KB))
+        os.utime(path, (1, 1))
+    put(ContentStore(ancient, 2 * KB), 99)
+    assert main(["cache", str(ancient), "--clear"]) == 0
+    assert kept(ancient) == []
+    assert all((ancient / name).exists() for name in names)
+
+
 def test_the_disk_is_looked_at_once_in_a_while(tmp_path, monkeypatch):
     looks = []
     monkeypatch.setattr(eviction, "entries", lambda folder: looks.append(folder) or [])

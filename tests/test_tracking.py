@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import wandb
+from running import RIDGE
+from running import run as run_here
 from wandb_file import WandbFile
 
 from cl_peft.config import build
+from cl_peft.loading import load_run
 from cl_peft.tracking import Tracker, WandbTracker
 
 SECRET = "5ec2e7" * 6 + "abcd"
@@ -139,17 +143,25 @@ def test_summary_figure_and_table(tracked):
     assert table["data"] == [["a", 1, 0.5], ["a", None, None]]
 
 
-def test_modules_as_one_artifact(tmp_path):
-    stored = {"tasks/001/module.safetensors": b"one", "tasks/002/module.safetensors": b"two"}
-    stored |= {"config.yaml": b"{}", "stream.json": b"{}", "provenance.json": b"{}"}
-    for name, content in stored.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "tasks/002/results.parquet").write_bytes(b"not a module")
-    follow(WandbTracker(log_modules=True), tmp_path)
-    (artifact,) = [a for a in mirror(tmp_path).artifacts if a.type == "modules"]
-    entries = {e.path: e.size for e in artifact.manifest.contents}
-    assert entries == {name: len(content) for name, content in stored.items()}
+def test_modules_as_one_artifact_that_can_be_loaded(tmp_path):
+    folder = run_here(
+        *("debug=smoke", *RIDGE, "tracker=wandb", "tracker.log_modules=true", "cache=off"),
+        f"paths.runs={tmp_path / 'runs'}",
+    )
+    (artifact,) = [a for a in mirror(folder).artifacts if a.type == "modules"]
+    for entry in artifact.manifest.contents:
+        copy = tmp_path / "artifact" / entry.path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(entry.local_path, copy)
+    kept = {p.relative_to(tmp_path / "artifact") for p in (tmp_path / "artifact").rglob("*.*")}
+    modules = {p.relative_to(folder) for p in folder.glob("tasks/*/*.safetensors")}
+    names = ("config.yaml", "stream.json", "manifest.json", "provenance.json")
+    assert kept == modules | {Path(name) for name in names}
+    ours, theirs = (load_run(f).predict(["a b", "c"]) for f in (folder, tmp_path / "artifact"))
+    np.testing.assert_array_equal(ours.confidence, theirs.confidence)
+    facts = json.loads((tmp_path / "artifact/provenance.json").read_text())
+    assert facts["backbone_fingerprint"]
+    assert not {"command", "git_revision", "platform", "sessions"} & set(facts)
 
 
 def test_no_secret_and_nothing_of_the_machine(tracked):

@@ -408,6 +408,10 @@ def test_layers_restrict_only_what_lies_in_layers():
         "embeddings.word_embeddings",
         "encoder.layer.3.attention.self.query",
     ]
+    with_pooler = BertModel(BertConfig(**WORDS))
+    sites = LoRA(sites=["pooler.dense", "key"], layers=[3]).sites(with_pooler)
+    assert [s.name for s in sites] == ["encoder.layer.2.attention.self.key", "pooler.dense"]
+    assert below(with_pooler, sites) == []  # nothing is said of what lies in no layer
 
 
 @pytest.mark.parametrize(

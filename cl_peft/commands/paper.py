@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_peft.atomic import disk_error, write_atomic
 from cl_peft.errors import DataError
 
 if TYPE_CHECKING:
     from analysis.report_data import Sweep
+
+#: Characters of a figure's file name: even of three bytes each, file systems take them.
+LONGEST = 80
 
 
 def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type for it)
@@ -58,8 +62,7 @@ def _table(options: argparse.Namespace) -> int:
     if options.output is None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
+        write_atomic(options.output, text.encode())
         print(options.output)
     return 0
 
@@ -68,15 +71,24 @@ def _figures(options: argparse.Namespace) -> int:
     from analysis import figures
     from analysis.report_figures import plan
 
-    drawn = 0
+    drawn: set[Path] = set()
     for picture in plan(_sweep(options.folder)):
-        name = re.sub(r"\W+", "_", picture.title.lower()).strip("_")
+        path = options.output / f"{_name(picture.title)}.{options.format}"
+        if path in drawn:  # titles of configurations that differ in signs alone
+            path = path.with_name(f"{path.stem}_{len(drawn)}{path.suffix}")
         try:
-            print(figures.save(picture.draw(), options.output / f"{name}.{options.format}"))
-            drawn += 1
+            print(figures.save(picture.draw(), path))
+            drawn.add(path)
         except DataError as error:
             print(f"not drawn: {picture.title}: {error}")
+        except OSError as error:
+            raise disk_error(error, path, 0) from error
     return int(not drawn)
+
+
+def _name(title: str) -> str:
+    """A title as a file name, cut to what every file system takes."""
+    return re.sub(r"\W+", "_", title.lower()).strip("_")[:LONGEST]
 
 
 def _sweep(folder: Path) -> Sweep:

@@ -51,8 +51,8 @@ class Prompt(VirtualTokens):
     Args:
         tokens: Number of virtual tokens, ``P``.
         init: ``vocabulary``: rows of the embedding table; ``labels``: names of the task's classes
-            (learners with a pool of prompts start from the vocabulary all the same); ``uniform``:
-            ``U(-0.5, 0.5)``.
+            (learners with a pool of prompts, and those that merge prompts, start from the
+            vocabulary all the same); ``uniform``: ``U(-0.5, 0.5)``.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Prompt(VirtualTokens):
 
     def worded(self, site: Site, p: Params, words: Sequence[Tensor]) -> Params:
         """The first tokens become the mean rows of the classes' names, if that was asked for."""
-        if self.start != "labels" or not words:
+        if self.start != "labels" or not any(len(ids) for ids in words):
             return p
         table = _table(site.layer)
         means = [table[ids.to(table.device)].float().mean(0).cpu() for ids in words if len(ids)]

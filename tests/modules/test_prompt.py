@@ -277,6 +277,8 @@ def test_starts_from_the_names_of_the_classes():
     assert torch.equal(bank.fresh(generator, many)["input"]["tokens"], table[1:5])
     assert tokens.requires_grad
     assert tokens.is_leaf
+    nameless = bank.fresh(torch.Generator().manual_seed(1), names[1:2])["input"]["tokens"]
+    assert torch.equal(nameless, drawn)
 
 
 def test_a_run_starts_its_prompts_from_its_own_classes():
