@@ -273,9 +273,9 @@ def test_nested_target_builds_nothing(tmp_path):
 
 
 def test_schemas_are_read_without_torch():
-    targets = sorted(
-        {OmegaConf.load(path)["_target_"] for axis in AXES for path in (CONF / axis).glob("*.yaml")}
-    )
+    files = [path for axis in AXES for path in (CONF / axis).glob("*.yaml")]
+    # a preset has the class of the file that it builds on
+    targets = sorted({OmegaConf.load(path).get("_target_") for path in files} - {None})
     assert len(targets) >= 18
     code = (
         "import sys\nfrom cl_peft.schema import constructor_model\n"
