@@ -17,6 +17,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from cl_peft.schema import constructor_model
+
 #: 97.5 % quantiles of Student's distribution by degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 COLUMNS = {
@@ -50,8 +52,9 @@ def one(folder: Path, kind: str) -> dict[str, object] | None:
     if router.get("mix") == "soft":
         name += f", soft top {router['top_k']}"
     if kind == "learners":
-        name = learner["name"] + (" (task's classes)" if learner.get("classes") == "task"
-                                  and learner["name"] == "sequential" else "")  # fmt: skip
+        usual = constructor_model(learner["_target_"]).model_fields
+        other = [f"{k}={v}" for k, v in learner.items() if k in usual and v != usual[k].default]
+        name = " ".join([learner["name"], *other])
         name += "" if router["name"] == "none" else f", {router['name']}"
         name += "" if module["name"] in ("lora", "none") else f", {module['name']}"
     elif learner["name"] != "isolated":
