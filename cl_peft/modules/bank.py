@@ -283,8 +283,8 @@ class Bank:
             if active is None:
                 return y
             x = self.method.source(site, args[0])
+            first = next(iter(layer._forward_hooks.values())) is act  # nobody else has seen y
             if active.weights is None:
-                first = next(iter(layer._forward_hooks.values())) is act  # nobody else has seen y
                 formula = self.method.fused if first else self.method.one
                 return formula(site, x, y, active.params)
             if len(active.weights) != len(y):
@@ -297,7 +297,8 @@ class Bank:
                 x = x.reshape(len(y), -1, x.shape[-1])
             rows = active.weights.any(1)
             if bool(rows.all()):
-                return self.method.mixed(site, x, flat, *_split(active)).reshape(y.shape)
+                together = self.method.mixed_fused if first else self.method.mixed
+                return together(site, x, flat, *_split(active)).reshape(y.shape)
             # samples that no module of this bank answers for cost nothing and keep their bits
             some = Active({n: t[rows] for n, t in active.params.items()}, active.weights[rows])
             out = flat.clone()

@@ -153,6 +153,10 @@ class Method(ABC):
             weights: ``(B, k)`` weight of each module for each sample; 0 switches one off.
         """
 
+    def mixed_fused(self, site: Site, x: Tensor, y: Tensor, p: Params, weights: Tensor) -> Tensor:
+        """As :meth:`mixed`, for a ``y`` as :meth:`fused` receives it."""
+        return self.mixed(site, x, y, p, weights)
+
     def derive(self, site: Site, p: Params) -> Params:
         """Tensors that follow from a finished module and are worth computing once.
 

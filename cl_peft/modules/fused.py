@@ -111,6 +111,47 @@ class LowRank(torch.autograd.Function):
         return dx, None, da, db, None, None, None
 
 
+class MixedLowRank(torch.autograd.Function):
+    """``y_n + x_n A_n^T B_n^T`` in the place of ``y``: every sample its own pair."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor,
+    ) -> Tensor:
+        """Overwrite ``y``.
+
+        Args:
+            ctx: Autograd's.
+            x: ``(B, L, in)``.
+            y: ``(B, L, out)``, the frozen layer's output, without its graph.
+            a: ``(B, r, in)``.
+            b: ``(B, out, r)``, weights and scale in it.
+            weight: ``(out, in)``, frozen.
+        """
+        u = torch.bmm(x, a.transpose(1, 2))
+        y.baddbmm_(u, b.transpose(1, 2))
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, u, a, b, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Gradients for ``x``, ``A`` and ``B``."""
+        x, u, a, b, weight = ctx.saved_tensors
+        want_x, _, want_a, want_b, _ = ctx.needs_input_grad
+        v = torch.bmm(g, b)
+        dx = (g @ weight).baddbmm_(v, a) if want_x else None
+        da = torch.bmm(v.transpose(1, 2), x) if want_a else None
+        db = torch.bmm(u.transpose(1, 2), g).transpose(1, 2) if want_b else None
+        return dx, None, da, db, None
+
+
 class ScaledLowRank(torch.autograd.Function):
     """DoRA's ``c (y + s x A^T B^T - b0) + b0`` in the place of ``y``, ``b0`` the frozen bias."""
 

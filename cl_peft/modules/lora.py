@@ -113,6 +113,14 @@ class LoRA(Method):
             u = torch.bmm(self._drop(x), a.transpose(1, 2))
         return torch.baddbmm(y, u * w.unsqueeze(1), b.transpose(1, 2))
 
+    def mixed_fused(self, site: Site, x: Tensor, y: Tensor, p: Params, weights: Tensor) -> Tensor:
+        """The same in place, where the layer is a plain one and nothing is dropped."""
+        if (self._training and self.dropout > 0) or not fused.fits(site, x, y, p):
+            return self.mixed(site, x, y, p, weights)
+        scaled = p["B"] * (weights * self.scale(site)).to(y.dtype)[:, :, None, None]
+        b = scaled.transpose(1, 2).flatten(2, 3)  # (B, out, k r)
+        return fused.MixedLowRank.apply(x, y.detach(), p["A"].flatten(1, 2), b, site.weight)
+
     def join(self, site: Site, p: Params, weights: Tensor) -> Params | None:
         """All ranks side by side: ``A`` stacked, the weighted ``B`` beside each other."""
         b = p["B"] * weights.to(p["B"].dtype)[:, None, None]  # (k, out, r)

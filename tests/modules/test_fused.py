@@ -10,7 +10,7 @@ from torch import nn
 from virtual_cases import hidden, make
 
 from cl_peft.modules import fused
-from cl_peft.modules.bank import Bank
+from cl_peft.modules.bank import Active, Bank
 from cl_peft.modules.base import Site
 from cl_peft.modules.dora import DoRA
 from cl_peft.modules.lora import LoRA
@@ -39,6 +39,58 @@ def through_bank(site, method, p):
             return site.layer(x)
 
     return forward, bank
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_gradients_by_finite_differences(bias):
+    site, _, _ = case(bias=bias)
+    torch.manual_seed(1)
+    kinds = {"x": (3, 4, 6), "a": (3, 2, 6), "b": (3, 5, 2)}
+    x, a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in kinds.values())
+
+    def forward(x, a, b):
+        y = nn.functional.linear(x, site.weight, site.bias).detach()
+        return fused.MixedLowRank.apply(x, y, a, b, site.weight)
+
+    assert torch.autograd.gradcheck(forward, (x, a, b))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_mixed_through_the_bank_is_the_plain_formula(k, dropout, monkeypatch):
+    """In value and in every gradient, also of the weights; dropout takes the plain way."""
+    calls = []
+    real = fused.MixedLowRank.apply
+    monkeypatch.setattr(fused.MixedLowRank, "apply", lambda *a: calls.append(1) or real(*a))
+    site, method, _ = case(dropout=dropout)
+    bank = Bank(method, nn.ModuleDict({"0": site.layer}), CPU)
+    torch.manual_seed(2)
+    leaves = {
+        "x": torch.randn(3, 4, 6, dtype=torch.float64),
+        "A": torch.randn(3, k, 3, 6, dtype=torch.float64),
+        "B": torch.randn(3, k, 5, 3, dtype=torch.float64),
+        "w": torch.rand(3, k, dtype=torch.float64) + 0.1,
+    }
+    gradients, outputs = [], []
+    for fast in (True, False):
+        own = {n: t.clone().requires_grad_(True) for n, t in leaves.items()}
+        p = {n: own[n] for n in "AB"}
+        torch.manual_seed(3)
+        if fast:
+            with bank.give({bank.sites[0].name: Active(p, own["w"])}, training=True):
+                out = site.layer(own["x"])
+        else:
+            y = nn.functional.linear(own["x"], site.weight, site.bias)
+            method.training_mode(True)
+            out = method.mixed(bank.sites[0], own["x"], y, p, own["w"])
+            method.training_mode(False)
+        out.square().sum().backward()
+        outputs.append(out.detach())
+        gradients.append({n: t.grad for n, t in own.items()})
+    assert len(calls) == (dropout == 0)
+    torch.testing.assert_close(*outputs)
+    for name in leaves:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], msg=name)
 
 
 def plain(site, method, p):
