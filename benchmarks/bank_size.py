@@ -21,7 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import Row, arguments, clock, compared, interleaved, minilm, plain, tokens, write
+from measure import (
+    Row,
+    arguments,
+    clock,
+    compared,
+    interleaved,
+    minilm,
+    plain,
+    separate,
+    tokens,
+    write,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save
 
@@ -54,8 +65,7 @@ def of_bank(
     backbone: Backbone, batch: Batch, count: int
 ) -> tuple[Callable[[], None], list[float], float]:
     """Forward pass through the middle module, seconds of each addition, resident over own bytes."""
-    own = copy.copy(backbone)
-    own.model = copy.deepcopy(backbone.model)
+    own = separate(backbone)
     bank = Bank(LoRA(sites=QV), own.model, "cpu")
     fresh = bank.fresh(torch.Generator().manual_seed(0))
     adding, before = [], resident()
@@ -79,8 +89,7 @@ def of_loading(backbone: Backbone, count: int) -> dict[str, tuple[float, float]]
     with tempfile.TemporaryDirectory() as place:
         folder, one = stored(backbone, Path(place), count)
         for name, lazy in (("lazily", True), ("at once", False)):
-            own = copy.copy(backbone)
-            own.model = copy.deepcopy(backbone.model)
+            own = separate(backbone)
             learner = Isolated()
             learner.start(tools(own, Bank(LoRA(sites=QV), own.model, "cpu"), count))
             before, started = resident(), clock()
@@ -92,8 +101,7 @@ def of_loading(backbone: Backbone, count: int) -> dict[str, tuple[float, float]]
 
 def stored(backbone: Backbone, place: Path, count: int) -> tuple[RunFolder, int]:
     """A run folder with so many modules, as a run would leave it, and the bytes of one."""
-    own = copy.copy(backbone)
-    own.model = copy.deepcopy(backbone.model)
+    own = separate(backbone)
     random = torch.Generator().manual_seed(0)
     module = flatten(Bank(LoRA(sites=QV), own.model, "cpu").fresh(random))
     head = Head.fresh((0, 1), backbone.width, random, torch.device("cpu"))

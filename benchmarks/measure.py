@@ -7,6 +7,7 @@ machine slows all alike; a row's ratio is the median of the ratios within a repe
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -156,6 +157,27 @@ def minilm() -> Any:
     backbone = build(config["backbone"])
     backbone.load(cache_folder(config), torch.device("cpu"), 0)
     return backbone
+
+
+def separate(backbone: Any) -> Any:
+    """The same backbone with a model of its own: hooks of one do not slow the others."""
+    own = copy.copy(backbone)
+    own.model = copy.deepcopy(backbone.model)
+    return own
+
+
+def gradient_step(own: Any, bank: Any, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Forward and backward of a fresh module of ``bank``; the mean pooled feature is the loss."""
+    module = bank.fresh(torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        for params in module.values():
+            for tensor in params.values():
+                tensor.grad = None
+        with bank.training(module):
+            own(batch).mean().backward()
+
+    return step
 
 
 def tokens(batch: int, length: int) -> dict[str, Tensor]:

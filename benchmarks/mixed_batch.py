@@ -18,6 +18,7 @@ from measure import (
     gradient_at_embeddings,
     interleaved,
     minilm,
+    separate,
     tokens,
     write,
 )
@@ -49,8 +50,7 @@ def both(
 
 def of_bank(backbone: Backbone, batch: Batch, sites: list[str]) -> list[Callable[[], None]]:
     """Ours: single module, mixed forward; mixed forward and backward."""
-    own = copy.copy(backbone)
-    own.model = copy.deepcopy(backbone.model)
+    own = separate(backbone)
     bank = Bank(LoRA(sites=sites), own.model, "cpu")
     for seed in range(COUNT):
         bank.add(bank.fresh(torch.Generator().manual_seed(seed)))
@@ -106,8 +106,7 @@ def main() -> None:
     chosen = arguments(__doc__, repeats=15)
     backbone = minilm()
     batch = tokens(COUNT, 16 if chosen.quick else TOKENS)
-    bare = copy.copy(backbone)
-    bare.model = copy.deepcopy(backbone.model)
+    bare = separate(backbone)
 
     def limit() -> None:
         with gradient_at_embeddings(bare.model):

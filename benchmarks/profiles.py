@@ -13,12 +13,22 @@ Every row lists the operators with the largest own share of CPU time, from torch
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 
 import torch
-from measure import Row, arguments, compared, configuration, interleaved, minilm, tokens, write
+from measure import (
+    Row,
+    arguments,
+    compared,
+    configuration,
+    gradient_step,
+    interleaved,
+    minilm,
+    separate,
+    tokens,
+    write,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from cl_peft.backbones.base import Backbone, Batch
@@ -39,19 +49,9 @@ class PlainLoRA(LoRA):
 
 
 def step(backbone: Backbone, batch: Batch, method: LoRA) -> Callable[[], None]:
-    own = copy.copy(backbone)
-    own.model = copy.deepcopy(backbone.model)  # hooks of one do not slow the others
+    own = separate(backbone)
     bank = Bank(method, own.model, "cpu")
-    module = bank.fresh(torch.Generator().manual_seed(0))
-
-    def run() -> None:
-        for params in module.values():
-            for tensor in params.values():
-                tensor.grad = None
-        with bank.training(module):
-            own(batch).mean().backward()
-
-    return run
+    return gradient_step(own, bank, batch)
 
 
 def learned(tasks: int) -> World:

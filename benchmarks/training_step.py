@@ -16,8 +16,10 @@ from measure import (
     arguments,
     compared,
     gradient_at_embeddings,
+    gradient_step,
     interleaved,
     minilm,
+    separate,
     tokens,
     write,
 )
@@ -33,21 +35,9 @@ QV = ["query", "value"]
 
 
 def ours(backbone: Backbone, batch: Batch, method: Method) -> Callable[[], None]:
-    import torch
-
-    own = copy.copy(backbone)
-    own.model = copy.deepcopy(backbone.model)  # hooks of one do not slow the others
+    own = separate(backbone)
     bank = Bank(method, own.model, "cpu")
-    module = bank.fresh(torch.Generator().manual_seed(0))
-
-    def step() -> None:
-        for params in module.values():
-            for tensor in params.values():
-                tensor.grad = None
-        with bank.training(module):
-            own(batch).mean().backward()
-
-    return step
+    return gradient_step(own, bank, batch)
 
 
 def theirs(backbone: Backbone, batch: Batch, **options: object) -> Callable[[], None]:
@@ -70,8 +60,7 @@ def main() -> None:
     backbone = minilm()
     batch = tokens(8 if chosen.quick else 32, 64)
     every = [s.name for s in LoRA().sites(backbone.model)]
-    bare = copy.copy(backbone)
-    bare.model = copy.deepcopy(backbone.model)
+    bare = separate(backbone)
 
     def limit() -> None:
         with gradient_at_embeddings(bare.model):

@@ -10,11 +10,20 @@ the step.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
-from measure import arguments, compared, gradient_at_embeddings, interleaved, minilm, plain, write
+from measure import (
+    arguments,
+    compared,
+    gradient_at_embeddings,
+    gradient_step,
+    interleaved,
+    minilm,
+    plain,
+    separate,
+    write,
+)
 
 from cl_peft.backbones.base import Backbone
 from cl_peft.backbones.features import Features
@@ -34,34 +43,20 @@ def texts(backbone: Backbone, count: int) -> list[str]:
     return [" ".join(tokenizer.convert_ids_to_tokens(row.tolist())) for row in ids]
 
 
-def one(backbone: Backbone) -> Backbone:
-    """The same backbone with a model of its own: hooks of one do not slow the others."""
-    own = copy.copy(backbone)
-    own.model = copy.deepcopy(backbone.model)
-    return own
-
-
 def steps(
     backbone: Backbone, inputs: list[str], layers: str | None
 ) -> tuple[Callable[[], None], Callable[[], None], Callable[[], int]]:
     """A step the whole way, one that starts above the trunk, and filling it (returns its bytes)."""
-    own = one(backbone)
+    own = separate(backbone)
     features = Features(own, None, 64)
     bank = Bank(LoRA(layers=layers), own.model, "cpu")  # type: ignore[arg-type]
-    module = bank.fresh(torch.Generator().manual_seed(0))
     batch = own.collate(features.encoded(inputs))
 
     def fill() -> int:
         trunk = trunk_of(features, bank.sites, inputs, 1e9, "benchmark")
         return 0 if trunk is None else trunk.bytes
 
-    def step() -> None:
-        for params in module.values():
-            for tensor in params.values():
-                tensor.grad = None
-        with bank.training(module):
-            own(batch).mean().backward()
-
+    step = gradient_step(own, bank, batch)
     trunk = trunk_of(features, bank.sites, inputs, 1e9, "benchmark")
 
     def kept() -> None:
@@ -77,7 +72,7 @@ def main() -> None:
     backbone = minilm()
     backbone.max_length = 64
     inputs = texts(backbone, 8 if chosen.quick else 32)
-    bare = one(backbone)
+    bare = separate(backbone)
     batch = bare.collate(bare.encode(inputs))
 
     def limit() -> None:

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_peft.atomic import disk_error, write_atomic
 from cl_peft.config import plain, run_id, validate
 from cl_peft.errors import ConfigError, UserError, did_you_mean
-from cl_peft.runs import RunFolder, available_cores
+from cl_peft.runs import RunFolder, available_cores, is_held
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def job(cfg: DictConfig) -> float:
     def compute() -> float:  # the sweep's table comes at its end
         return presentation.write(_run(config, console, jobs, baselines).path).score
 
-    if _one_by_one(hydra) and _folder(config).busy():
+    if _one_by_one(hydra) and is_held(_folder(config).path):
         console.message("another process runs this configuration; it is looked at again in the end")
         _left.append(compute)
         return math.nan
@@ -173,8 +173,8 @@ def job(cfg: DictConfig) -> float:
 
 def _one_by_one(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's own node)
     """Whether jobs run in this process in a fixed order, so that one can be put off."""
-    plain = ("launcher._target_", "Launcher"), ("sweeper._target_", "Sweeper")
-    return all(str(OmegaConf.select(hydra, key)).endswith(f"Basic{end}") for key, end in plain)
+    basic = {"launcher._target_": "BasicLauncher", "sweeper._target_": "BasicSweeper"}
+    return all(str(OmegaConf.select(hydra, key)).endswith(name) for key, name in basic.items())
 
 
 def _folder(config: Mapping[str, Any]) -> RunFolder:

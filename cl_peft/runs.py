@@ -88,17 +88,6 @@ class RunFolder:
         finally:
             lock.release()
 
-    def busy(self) -> bool:
-        """Whether another process holds the folder right now."""
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            if self.path.is_dir():
-                lock.acquire(timeout=0)
-        except filelock.Timeout:
-            return True
-        lock.release()
-        return False
-
     def open(self, config: Mapping[str, Any]) -> State:
         """Read what is there and check it.
 

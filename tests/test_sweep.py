@@ -120,12 +120,14 @@ def test_processes_share_a_sweep(tmp_path, cache):
     pipe = {"stderr": subprocess.PIPE, "text": True, "env": environment()}
     with filelock.FileLock(folders[0] / ".lock"), subprocess.Popen(begun, **pipe) as process:
         said = []
-        for line in process.stderr:  # somebody else runs the first
-            said.append(line)
-            if "waiting for it" in line:
-                break
-        assert [(f / "results.parquet").exists() for f in folders] == [False, True, True]
-        os.kill(process.pid, signal.SIGKILL)
+        try:
+            for line in process.stderr:  # somebody else runs the first
+                said.append(line)
+                if "waiting for it" in line:
+                    break
+            assert [(f / "results.parquet").exists() for f in folders] == [False, True, True]
+        finally:  # it waits for the lock that is held here
+            os.kill(process.pid, signal.SIGKILL)
     text = "".join(said)
     assert text.count("it is looked at again in the end") == 1
     assert text.count("task 3/3") == 2

@@ -102,8 +102,7 @@ def _report(options: argparse.Namespace) -> int:
     from analysis.report import write_report
 
     target = options.output or options.folder / "report.html"
-    if not options.folder.is_dir():
-        raise DataError(f"There is no folder {options.folder}; give a group's, runs/GROUP.")
+    require_folder(options.folder)
     if target.is_dir():
         raise DataError(f"{target} is a folder; give -o a file, such as {target / 'report.html'}.")
     print(
@@ -132,8 +131,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     from cl_peft.commands.status import show, watch
 
-    if not options.folder.is_dir():
-        raise DataError(f"There is no folder {options.folder}; give a group's, runs/GROUP.")
+    require_folder(options.folder)
     if options.watch:
         table = watch(options.folder, every=options.every, patience=options.patience)
     else:
@@ -158,6 +156,16 @@ def _wandb_report(options: argparse.Namespace) -> int:
     report = build(options.folder, **where, offline=options.dry_run)
     print(specification(report) if options.dry_run else save(report))
     return 0
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        DataError: It is none.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}; give a group's, runs/GROUP.")
 
 
 def _count(text: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_peft.atomic import disk_error, write_atomic
+from cl_peft.commands.groups import require_folder
 from cl_peft.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def _name(title: str) -> str:
 def _sweep(folder: Path) -> Sweep:
     from analysis.report_data import gather
 
-    if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}; give a group's, runs/GROUP.")
+    require_folder(folder)
     sweep = gather(folder)
     if sweep.finished.empty:
         raise DataError(f"No run in {folder} is finished yet; cl-peft status {folder} shows them.")
