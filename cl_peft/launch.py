@@ -6,13 +6,12 @@ Imports no torch until a valid configuration has to be computed.
 from __future__ import annotations
 
 import errno
-import hashlib
+import functools
 import logging
 import math
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,49 +20,22 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_peft.atomic import disk_error, write_atomic
-from cl_peft.config import plain, run_id, validate
+from cl_peft import sweeps
+from cl_peft.atomic import disk_error
+from cl_peft.config import run_id, validate
 from cl_peft.errors import ConfigError, UserError, did_you_mean
 from cl_peft.runs import RunFolder, available_cores, is_held
 
 log = logging.getLogger(__name__)
 
-#: Table of all runs of a group, in the group's folder; written when a sweep ends.
-TABLE = "status.csv"
 #: What an OSError has to say to be the user's disk, and not our bug.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-#: The sweep of this process: where its runs go and when it began. Filled by :class:`Sweep`.
-_sweeps: list[tuple[Path, float]] = []
-#: Jobs of this process' sweep that another process was running when their turn came.
-_left: list[Callable[[], object]] = []
-
-
 #: Exit code of Ctrl-C.
 INTERRUPTED = 130
-#: Environment variable that tells a sweep's jobs when it began, in seconds of the epoch.
-BEGAN = "CL_PEFT_SWEEP_BEGAN"
-
-
-class Sweep(Callback):
-    """Hydra callback: marks the groups that a sweep's jobs belong to, whose tables are shown."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Called once in the process that starts the sweep."""
-        began = time.time()
-        _sweeps.append((Path(str(config.paths.runs)).expanduser(), began))
-        os.environ[BEGAN] = repr(began)  # processes that run jobs inherit it
-
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
-        """Called in the process of every job, also of one that failed."""
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            group = Path(str(config.paths.runs)).expanduser() / str(config.group)
-            if group.is_dir():
-                (group / TABLE).touch()
 
 
 def launch(main: Callable[[], Any]) -> int:
@@ -75,12 +47,10 @@ def launch(main: Callable[[], Any]) -> int:
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors shall reach us, not be printed and swallowed
     code = _guarded(main, raw)
-    while _left and code != INTERRUPTED:
-        code = _guarded(_left.pop(0), raw) or code
-    for runs, began in _sweeps:
-        for table in sorted(runs.glob(f"*/{TABLE}")):
-            if table.stat().st_mtime >= began - 1:  # clocks of file systems are coarse
-                _sweep_table(table)
+    for config, jobs in sweeps.left():
+        if code != INTERRUPTED:
+            code = _guarded(functools.partial(_complete, config, jobs), raw) or code
+    sweeps.show_tables()
     return code
 
 
@@ -121,7 +91,7 @@ def job(cfg: DictConfig) -> float:
     """Run one configuration, or recognise that it has run.
 
     A sweep's job that another process is running is left for the end, so that several processes
-    share a sweep: by then it is finished, or its process has died and it is gone on with here.
+    share a sweep: by then it is finished, or its process has died and it is gone on with.
 
     Returns:
         Final routed average accuracy, which a sweeper may optimise; NaN for a job that is left.
@@ -135,10 +105,10 @@ def job(cfg: DictConfig) -> float:
         config = validate(cfg)
     except ConfigError as error:
         if sweep:
-            _record_refused(cfg, error)
+            sweeps.record_refused(cfg, error)
         raise
     if sweep and config["fail_fast"]:
-        _refuse_after_failure(Path(config["paths"]["runs"]).expanduser() / config["group"])
+        sweeps.refuse_after_failure(Path(config["paths"]["runs"]).expanduser() / config["group"])
     console = Console(bars=False if jobs != 1 else None)
     if hydra is not None and sweep:
         console.message(f"job {hydra.job.num}: {' '.join(hydra.overrides.task)}")
@@ -147,6 +117,32 @@ def job(cfg: DictConfig) -> float:
         if config[axis]["name"] == "none" and given != "none":
             learner = config["learner"]["name"]
             console.message(f"learner={learner} uses no {axis}: {axis}={given} is set to none")
+    if sweep and _may_leave(hydra) and is_held(_folder(config).path):
+        console.message(f"another process runs this configuration; {sweeps.leave(config, jobs)}")
+        return math.nan
+    folder = _with_bounds(config, console, jobs)
+    from cl_peft import presentation
+
+    if not sweep:
+        return presentation.show(folder.path, console)
+    return presentation.write(folder.path).score  # the sweep's table comes at its end
+
+
+def _complete(config: dict[str, Any], jobs: int) -> None:
+    """Run a sweep's job that was left for the end."""
+    from cl_peft import presentation
+    from cl_peft.console import Console
+
+    presentation.write(_with_bounds(config, Console(), jobs).path)
+
+
+def _may_leave(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's own node)
+    """Whether nobody waits for the job's score: a grid does not, a search does."""
+    return str(OmegaConf.select(hydra, "sweeper._target_")).endswith("BasicSweeper")
+
+
+def _with_bounds(config: dict[str, Any], console: Any, jobs: int) -> RunFolder:  # noqa: ANN401
+    """Run a validated configuration, after its baselines if it asks for them."""
     baselines: dict[str, dict[str, Any]] = {}
     if config["bounds"] == "on":
         from cl_peft import bounds
@@ -155,26 +151,7 @@ def job(cfg: DictConfig) -> float:
         for what, other in baselines.items():
             console.message(f"baseline {what}: {run_id(other)}")
             _run(other, console, jobs)
-    from cl_peft import presentation
-
-    if not sweep:
-        folder = _run(config, console, jobs, baselines)
-        return presentation.show(folder.path, console)
-
-    def compute() -> float:  # the sweep's table comes at its end
-        return presentation.write(_run(config, console, jobs, baselines).path).score
-
-    if _one_by_one(hydra) and is_held(_folder(config).path):
-        console.message("another process runs this configuration; it is looked at again in the end")
-        _left.append(compute)
-        return math.nan
-    return compute()
-
-
-def _one_by_one(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's own node)
-    """Whether jobs run in this process in a fixed order, so that one can be put off."""
-    basic = {"launcher._target_": "BasicLauncher", "sweeper._target_": "BasicSweeper"}
-    return all(str(OmegaConf.select(hydra, key)).endswith(name) for key, name in basic.items())
+    return _run(config, console, jobs, baselines)
 
 
 def _folder(config: Mapping[str, Any]) -> RunFolder:
@@ -208,23 +185,6 @@ def _run(
                 console.message(f"going on after task {folder.done} of {folder.path}")
             _compute(config, folder, console, jobs)
     return folder
-
-
-def _refuse_after_failure(group: Path) -> None:
-    """With ``fail_fast``, start no job when another one of this sweep has failed.
-
-    Raises:
-        UserError: One has.
-    """
-    began = float(os.environ.get(BEGAN, "inf"))
-    for path in group.glob("*/status.json"):
-        if path.stat().st_mtime < began - 1:  # clocks of file systems are coarse
-            continue
-        if RunFolder(path.parent).status().get("state") == "failed":
-            raise UserError(
-                f"not started, since {path.parent.name} failed (fail_fast=true). The same sweep "
-                "again retries what failed and goes on."
-            )
 
 
 def _compute(config: dict[str, Any], folder: RunFolder, console: Any, jobs: int) -> None:  # noqa: ANN401
@@ -286,35 +246,6 @@ def _own_log(path: Path, console: Any) -> Iterator[None]:  # noqa: ANN401
         for handler in (file, terminal):
             root.removeHandler(handler)
         file.close()
-
-
-def _record_refused(cfg: DictConfig, error: ConfigError) -> None:
-    """Leave a refused job of a sweep visible in the sweep's table."""
-    import json
-
-    try:
-        config = plain(cfg)
-    except ConfigError:
-        return
-    group = str(config.get("group"))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", group):
-        return
-    identity = json.dumps(config, sort_keys=True, default=str).encode()
-    name = f"refused-{hashlib.sha256(identity).hexdigest()[:10]}"
-    folder = Path(config["paths"]["runs"]).expanduser() / group / name
-    status = {"state": "refused", "tasks_done": 0, "tasks": 0, "error": str(error), "seconds": 0.0}
-    write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)).encode())
-    write_atomic(folder / "status.json", json.dumps(status, indent=1).encode())
-
-
-def _sweep_table(path: Path) -> None:
-    """Show and store the table of all jobs in a group."""
-    from cl_peft.console import Console
-    from cl_peft.group import sweep_status
-
-    write_atomic(path, sweep_status(path.parent).to_csv(index=False).encode())
-    Console().status(path.parent)
-    print(f"status table: {path}")
 
 
 def explain(error: Exception) -> str:

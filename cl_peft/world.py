@@ -137,7 +137,7 @@ class World:
         seen = self.stream.seen(task) if history else (task,)
         axes = {axis: self.config[axis] for axis in ("learner", "module", "optimizer", "trainer")}
         parts = [
-            "learning 3",  # to be raised when the arithmetic of training changes
+            "learning 4",  # to be raised when the arithmetic of training changes
             torch.__version__.split("+")[0],
             axes,
             dict(self.config["seed"], order=None),

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from running import RIDGE, ROOT, command, digests, environment, folder_of, warm_command
 
+from cl_peft import sweeps
+
 SMOKE = ("debug=smoke", "trainer.epochs=1")
 MAIN = str(ROOT / "main.py")
 TWO_BY_TWO = ("learner=isolated,sequential", "seed.init=0,1")
@@ -111,9 +113,10 @@ def test_table_of_every_group_that_the_sweep_touched(tmp_path, cache):
     assert sorted(table["state"]) == ["failed", "finished"]
 
 
-def test_processes_share_a_sweep(tmp_path, cache):
+@pytest.mark.parametrize("cluster", [(), ("cluster=joblib",)])
+def test_processes_share_a_sweep(cluster, tmp_path, cache):
     """A job that somebody else is running is left for the end, not waited for."""
-    args = (*SMOKE, *RIDGE, f"paths.runs={tmp_path}", f"paths.cache={cache}")
+    args = (*SMOKE, *RIDGE, *cluster, f"paths.runs={tmp_path}", f"paths.cache={cache}")
     folders = [folder_of(*args, f"seed.init={seed}") for seed in (0, 1, 2)]
     folders[0].mkdir(parents=True)
     begun = [sys.executable, MAIN, "--multirun", *args, "seed.init=0,1,2"]
@@ -131,12 +134,21 @@ def test_processes_share_a_sweep(tmp_path, cache):
     text = "".join(said)
     assert text.count("it is looked at again in the end") == 1
     assert text.count("task 3/3") == 2
-    done = sweep(tmp_path, *args[2:], "seed.init=0,1,2")  # the other process has died
+    done = command(*begun[2:])  # the other process has died
     assert done.returncode == 0
     assert done.stderr.count("already finished") == 2
     assert done.stderr.count("task 3/3") == 1
     table = pd.read_csv(folders[0].parent / "status.csv")
     assert list(table["state"]) == ["finished"] * 3
+
+
+def test_a_job_on_another_machine_does_not_wait(tmp_path, cache, monkeypatch):
+    """There the file of what is left does not exist; nobody computes it twice."""
+    monkeypatch.setenv(sweeps.LEFT, str(tmp_path / "elsewhere"))
+    said = sweeps.leave({"group": "a"}, 1)
+    assert "the same sweep again" in said
+    assert list(sweeps.left()) == []
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

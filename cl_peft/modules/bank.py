@@ -272,8 +272,10 @@ class Bank:
         stack = self._stacks[site.name]
         if scope.single is not None:
             return Active({n.lstrip("~"): t[scope.single] for n, t in stack.items()})
-        params = {n.lstrip("~"): t[scope.modules] for n, t in stack.items()}
-        return Active(params, scope.weights)
+        rows = scope.modules.flatten()  # index_select copies rows whole, t[modules] value by value
+        params = {n.lstrip("~"): t.index_select(0, rows) for n, t in stack.items()}
+        shape = scope.modules.shape
+        return Active({n: t.unflatten(0, shape) for n, t in params.items()}, scope.weights)
 
     def hook(self, site: Site) -> Callable[..., Tensor]:
         """A forward hook that puts the method's formula on the output of ``site``'s layer."""

@@ -8,8 +8,9 @@ gradient twice more; these passes over memory, not the products, are what LoRA c
     \partial x = g W + v A, \quad \partial A = v^T x, \quad \partial B = s\,g^T u
 
 is computed with every sum inside a matrix product: ``z`` in the place of the frozen output ``y = x
-W^T + b``, ``v A`` into ``g W``. Only ``x`` and ``u`` ``(N, r)`` are kept for the backward pass. The
-derivative of ``y`` is known, ``W``, so the frozen layer's own graph is not used.
+W^T + b``, ``v A`` into ``g W``, or, where that touches fewer numbers, ``g (W + s B A)`` at once.
+Only ``x`` and ``u`` ``(N, r)`` are kept for the backward pass. The derivative of ``y`` is known,
+``W``, so the frozen layer's own graph is not used.
 
 DoRA's ``c = m / n`` scales rows, ``out = c (z - b) + b``: there ``B`` and ``W`` are scaled instead
 of activations, and ``dc = sum_n g (out - b) / c``.
@@ -26,6 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from cl_peft.modules.base import Params, Site
 
+#: Numbers that stay in a processor's own cache from one operation to the next: half a megabyte.
+CACHED = 2**17
+
 
 def fits(site: Site, x: Tensor, y: Tensor, p: Params) -> bool:
     """Whether the functions here apply: a plain frozen linear layer, one dtype, no autocast."""
@@ -40,19 +44,78 @@ def fits(site: Site, x: Tensor, y: Tensor, p: Params) -> bool:
 
 
 def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """What dropout keeps: ones and zeros like ``x``, and the probability of a one.
+    """What dropout keeps: true with probability ``1 - p``, shaped like ``x``; and ``1 - p``.
 
     torch draws about 5 ns per value on a CPU, which made LoRA's dropout a third of a training step.
     16 random bits decide each value here, so ``1 - p`` is rounded to a multiple of 2^-16; the
     stream of bits is seeded from torch's global generator.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x).bernoulli_(1 - p), 1 - p
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 - p
     limit = max(1, round((1 - p) * 2**16))
     bits = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
-    words = bits.integers(0, 2**64, size=-(-x.numel() // 4), dtype=np.uint64)
-    ones = words.view(np.uint16)[: x.numel()] <= np.uint16(limit - 1)
-    return torch.from_numpy(ones.astype(np.float32)).to(x.dtype).view(x.shape), limit / 2**16
+    keep = np.empty(x.numel(), dtype=np.bool_)
+    for part in range(0, len(keep), CACHED):
+        here = keep[part : part + CACHED]
+        words = bits.integers(0, 2**64, size=-(-len(here) // 4), dtype=np.uint64)
+        np.less_equal(words.view(np.uint16)[: len(here)], np.uint16(limit - 1), out=here)
+    return torch.from_numpy(keep).view(x.shape), limit / 2**16
+
+
+def masked(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
+    """``x`` where ``keep``, else 0, written to ``out``, which is returned.
+
+    numpy multiplies floats by booleans in a third of the time that torch takes.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return torch.mul(x, keep, out=out)
+    np.multiply(x.detach().numpy(), keep.numpy(), out=out.numpy())
+    return out
+
+
+def parts(x: Tensor) -> list[slice]:
+    """Rows that fit a processor's cache together: with dropout, memory is what takes time."""
+    rows = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else len(x)
+    return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+
+
+def dropped_product(x: Tensor, keep: Tensor, a: Tensor) -> Tensor:
+    """``drop(x) A^T``, ``(N, r)``."""
+    u, rows = x.new_empty(len(x), len(a)), parts(x)
+    room = x.new_empty(rows[0].stop, x.shape[1])
+    for part in rows:
+        torch.mm(masked(x[part], keep[part], room[: part.stop - part.start]), a.T, out=u[part])
+    return u
+
+
+def dropped_gradients(
+    dx: Tensor | None, x: Tensor, keep: Tensor, a: Tensor, v: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """``dx + drop(v A)``, in the place of ``dx``, and ``v^T drop(x)``."""
+    da, rows = torch.zeros_like(a), parts(x)
+    room = x.new_empty(rows[0].stop, x.shape[1])
+    for part in rows:
+        here = room[: part.stop - part.start]
+        da.addmm_(v[part].T, masked(x[part], keep[part], here))
+        if dx is not None:
+            torch.mm(v[part], a, out=here)
+            dx[part].add_(masked(here, keep[part], here))
+    return dx, da
+
+
+def back(g: Tensor, weight: Tensor, b: Tensor, a: Tensor, v: Tensor) -> Tensor:
+    """``g (W + b A)``, where ``v = g b``: with ``b A`` added to the smaller of ``W`` and ``g W``.
+
+    Args:
+        g: ``(N, out)``.
+        weight: ``(out, in)``.
+        b: ``(out, r)``, scale in it.
+        a: ``(r, in)``.
+        v: ``(N, r)``.
+    """
+    if 2 * len(weight) < len(g):
+        return g @ torch.addmm(weight, b, a)
+    return (g @ weight).addmm_(v, a)
 
 
 class LowRank(torch.autograd.Function):
@@ -79,14 +142,14 @@ class LowRank(torch.autograd.Function):
             b: ``(out, r)``.
             weight: ``(out, in)``, frozen.
             scale: ``s``.
-            keep: What dropout multiplies ``x`` by, shaped like it; None: nothing is dropped.
+            keep: Where dropout keeps ``x``, shaped like it; None: everywhere.
         """
         flat = x.reshape(-1, x.shape[-1])
-        seen = flat if keep is None else flat * keep.view_as(flat)
-        u = seen @ a.T
+        keep = None if keep is None else keep.view_as(flat)
+        u = flat @ a.T if keep is None else dropped_product(flat, keep, a)
         y.view(-1, y.shape[-1]).addmm_(u, b.T, alpha=scale)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(seen, u, a, b, weight, keep)
+        ctx.save_for_backward(flat, u, a, b, weight, keep)
         ctx.scale, ctx.shape = scale, x.shape
         return y
 
@@ -94,25 +157,23 @@ class LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Gradients for ``x``, ``A`` and ``B``."""
-        seen, u, a, b, weight, keep = ctx.saved_tensors
+        flat, u, a, b, weight, keep = ctx.saved_tensors
         want_x, _, want_a, want_b, *_ = ctx.needs_input_grad
         g = g.reshape(-1, g.shape[-1])
-        v = ctx.scale * (g @ b)
-        dx = None
-        if want_x:
-            dx = g @ weight
-            if keep is None:
-                dx.addmm_(v, a)
-            else:
-                dx.addcmul_(v @ a, keep.view_as(dx))
-            dx = dx.view(ctx.shape)
-        da = v.T @ seen if want_a else None
+        scaled = ctx.scale * b
+        v = g @ scaled
+        if keep is None:
+            dx = back(g, weight, scaled, a, v) if want_x else None
+            da = v.T @ flat if want_a else None
+        else:
+            dx, da = dropped_gradients(g @ weight if want_x else None, flat, keep, a, v)
+        dx = None if dx is None else dx.view(ctx.shape)
         db = ctx.scale * (u.T @ g).T if want_b else None  # thrice as fast as g.T @ u
         return dx, None, da, db, None, None, None
 
 
 class MixedLowRank(torch.autograd.Function):
-    """``y_n + x_n A_n^T B_n^T`` in the place of ``y``: every sample its own pair."""
+    """``y_n + x_n A_n^T diag(w_n) B_n^T`` in the place of ``y``: every sample its own pair."""
 
     @staticmethod
     def forward(
@@ -121,6 +182,7 @@ class MixedLowRank(torch.autograd.Function):
         y: Tensor,
         a: Tensor,
         b: Tensor,
+        w: Tensor,
         weight: Tensor,
     ) -> Tensor:
         """Overwrite ``y``.
@@ -130,26 +192,29 @@ class MixedLowRank(torch.autograd.Function):
             x: ``(B, L, in)``.
             y: ``(B, L, out)``, the frozen layer's output, without its graph.
             a: ``(B, r, in)``.
-            b: ``(B, out, r)``, weights and scale in it.
+            b: ``(B, out, r)``.
+            w: ``(B, r)``, weight and scale of every rank.
             weight: ``(out, in)``, frozen.
         """
-        u = torch.bmm(x, a.transpose(1, 2))
-        y.baddbmm_(u, b.transpose(1, 2))
+        u = torch.bmm(a, x.transpose(1, 2))  # (B, r, L): an eighth faster than (B, L, r)
+        y.baddbmm_((u * w.unsqueeze(2)).transpose(1, 2), b.transpose(1, 2))
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, u, a, b, weight)
+        ctx.save_for_backward(x, u, a, b, w, weight)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """Gradients for ``x``, ``A`` and ``B``."""
-        x, u, a, b, weight = ctx.saved_tensors
-        want_x, _, want_a, want_b, _ = ctx.needs_input_grad
-        v = torch.bmm(g, b)
+        """Gradients for ``x``, ``A``, ``B`` and ``w``."""
+        x, u, a, b, w, weight = ctx.saved_tensors
+        want_x, _, want_a, want_b, want_w, _ = ctx.needs_input_grad
+        plain = torch.bmm(g, b)
+        v = plain * w.unsqueeze(1)
         dx = (g @ weight).baddbmm_(v, a) if want_x else None
         da = torch.bmm(v.transpose(1, 2), x) if want_a else None
-        db = torch.bmm(u.transpose(1, 2), g).transpose(1, 2) if want_b else None
-        return dx, None, da, db, None
+        db = torch.bmm(u * w.unsqueeze(2), g).transpose(1, 2) if want_b else None
+        dw = (u * plain.transpose(1, 2)).sum(2) if want_w else None
+        return dx, None, da, db, dw, None
 
 
 class ScaledLowRank(torch.autograd.Function):
@@ -184,8 +249,9 @@ class ScaledLowRank(torch.autograd.Function):
         flat, u, out, a, b, c, weight, bias = ctx.saved_tensors
         want_x, _, want_a, _, want_c, *_ = ctx.needs_input_grad
         g, rows = g.reshape(-1, g.shape[-1]), c.unsqueeze(1)
-        v = g @ (ctx.scale * rows * b)
-        dx = (g @ (rows * weight)).addmm_(v, a).view(ctx.shape) if want_x else None
+        scaled = ctx.scale * rows * b
+        v = g @ scaled
+        dx = back(g, rows * weight, scaled, a, v).view(ctx.shape) if want_x else None
         da = v.T @ flat if want_a else None
         wide = (u.T @ g).T  # (out, r + 1): the last column is the sum of g
         db = ctx.scale * rows * wide[:, :-1]

@@ -117,9 +117,11 @@ class LoRA(Method):
         """The same in place, where the layer is a plain one and nothing is dropped."""
         if (self._training and self.dropout > 0) or not fused.fits(site, x, y, p):
             return self.mixed(site, x, y, p, weights)
-        scaled = p["B"] * (weights * self.scale(site)).to(y.dtype)[:, :, None, None]
-        b = scaled.transpose(1, 2).flatten(2, 3)  # (B, out, k r)
-        return fused.MixedLowRank.apply(x, y.detach(), p["A"].flatten(1, 2), b, site.weight)
+        a = p["A"].flatten(1, 2)  # (B, k r, in)
+        b = p["B"].transpose(1, 2).flatten(2, 3)  # (B, out, k r)
+        rank = a.shape[1] // weights.shape[1]
+        w = (weights * self.scale(site)).repeat_interleave(rank, dim=1).to(y.dtype)  # (B, k r)
+        return fused.MixedLowRank.apply(x, y.detach(), a, b, w, site.weight)
 
     def join(self, site: Site, p: Params, weights: Tensor) -> Params | None:
         """All ranks side by side: ``A`` stacked, the weighted ``B`` beside each other."""
