@@ -17,6 +17,8 @@ from pathlib import Path
 
 import filelock
 
+from cl_peft.view import size
+
 log = logging.getLogger(__name__)
 
 #: Subfolders of the cache with what is computed.
@@ -125,14 +127,3 @@ def touch(path: Path) -> None:
     """Say that an entry was used now, wherever the file system does not note it."""
     with suppress(OSError):  # just evicted, or the cache belongs to somebody else
         os.utime(path)
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if count < 1000:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:,.1f} GB"

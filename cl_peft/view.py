@@ -290,7 +290,7 @@ def size(count: float) -> str:
         return "n/a"
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= power:
-            return f"{count / power:.1f} {unit}"
+            return f"{count / power:,.1f} {unit}"
     return f"{count:.0f} bytes"
 
 

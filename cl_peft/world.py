@@ -146,7 +146,6 @@ class World:
             self.backbone.device.type,
             self.learner.tools.trainer.in_bf16(self.backbone.device),
             torch.get_num_threads(),  # sums are split among threads, and round differently
-            len(self.stream.class_names),
             len(self.stream.tasks) if history else None,
             [(t.index, t.classes, _content(t.train), _content(t.validation)) for t in seen],
         ]

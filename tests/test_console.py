@@ -254,7 +254,8 @@ def test_duration(seconds, text):
 
 
 def test_size():
-    assert [size(n) for n in (12, 1500, 2.5e6, 3e9)] == ["12 bytes", "1.5 kB", "2.5 MB", "3.0 GB"]
+    sizes = {12: "12 bytes", 1500: "1.5 kB", 2.5e6: "2.5 MB", 3e9: "3.0 GB", 2e13: "20,000.0 GB"}
+    assert {n: size(n) for n in sizes} == sizes
 
 
 @pytest.fixture

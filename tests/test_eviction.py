@@ -16,7 +16,7 @@ from test_reuse import SMALL, modules, reused, tables
 from cl_peft import eviction
 from cl_peft.cli import main
 from cl_peft.errors import ConfigError
-from cl_peft.eviction import KINDS, entries, remove, size
+from cl_peft.eviction import KINDS, entries, remove
 from cl_peft.store import ContentStore
 
 KB = 1000
@@ -245,13 +245,5 @@ def test_the_command_shows_and_clears(ancient, capsys, monkeypatch):
 
 def test_the_command_without_a_cache(tmp_path, capsys):
     assert main(["cache", str(tmp_path / "none"), "--clear"]) == 0
-    assert "together          0 entries        0 B" in capsys.readouterr().out
+    assert "together          0 entries    0 bytes" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.4e7, "24.0 MB"), (2e13, "20,000.0 GB")],
-)
-def test_sizes_for_people(count, text):
-    assert size(count) == text

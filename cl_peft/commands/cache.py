@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cl_peft.config import Paths
-from cl_peft.eviction import KINDS, entries, remove, size
+from cl_peft.eviction import KINDS, entries, remove
+from cl_peft.view import size
 
 
 def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type for it)
