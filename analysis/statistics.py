@@ -77,7 +77,7 @@ def bootstrap_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile interval by the stratified bootstrap (Agarwal et al. 2021, section 4.1).
+    """Percentile interval by the stratified bootstrap (Agarwal et al. 2021, section 4).
 
     Within each stratum (a stream, a task) as many values as it has are drawn with replacement; the
     statistic of all strata's draws together gives one of ``resamples`` values, whose

@@ -17,7 +17,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from safetensors.torch import save
 
 from cl_peft.archives import is_address, short_name
 from cl_peft.atomic import write_atomic
-from cl_peft.config import NOT_IDENTITY, Paths
+from cl_peft.config import NOT_IDENTITY, Paths, public
 from cl_peft.errors import ConfigError, DownloadError
 from cl_peft.loading import LoadedRun
 from cl_peft.modules.huggingface import export_task
@@ -55,7 +54,8 @@ def write_card(run: LoadedRun, target: Path) -> Path:
         raise ConfigError(f"{target} is there and not empty; give a new folder.")
     bank = run.bank
     peft = bank.count > 0 and bank.method.peft_config(bank.sites) is not None
-    config = public(run.config)
+    kept = {k: v for k, v in public(run.config).items() if k not in NOT_IDENTITY}
+    config = {**kept, "paths": Paths().model_dump()}
     if peft:
         for task in run.rows:
             folder = target / "adapters" / f"task_{task:03d}"
@@ -105,21 +105,6 @@ def push(folder: Path, name: str) -> str:
             "  The folder is complete; log in with 'hf auth login' and upload it again."
         ) from error
     return str(done)
-
-
-def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what says where things are on this machine."""
-
-    def clean(value: Any) -> Any:  # noqa: ANN401 (a node of a configuration)
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [clean(v) for v in value]
-        local = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
-        return Path(value).name if local else value
-
-    kept = {k: clean(v) for k, v in config.items() if k not in NOT_IDENTITY}
-    return {**kept, "paths": Paths().model_dump()}
 
 
 def _copy_run(run: LoadedRun, config: dict[str, Any], target: Path) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -165,6 +166,20 @@ def run_id(config: Mapping[str, Any]) -> str:
     seed = config["seed"]
     parts = [config[axis]["name"] for axis in ("module", "router", "learner")]
     return "-".join([*parts, f"s{seed['order']}.{seed['init']}.{seed['data']}", digest])
+
+
+def public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration for others to see: without ``paths``, of local paths the last name alone."""
+
+    def clean(value: Any) -> Any:  # noqa: ANN401 (a node of a configuration)
+        if isinstance(value, Mapping):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [clean(v) for v in value]
+        local = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+        return Path(value).name if local else value
+
+    return {k: clean(v) for k, v in config.items() if k != "paths"}
 
 
 def build(node: Mapping[str, Any]) -> Any:  # noqa: ANN401 (whatever class the node names)

@@ -179,6 +179,12 @@ class RunFolder:
         self._manifest["fixed"] = {name: _entry(data) for name, data in fixed.items()}
         self._write_manifest()
 
+    def published(self, config: Mapping[str, Any]) -> dict[str, bytes]:
+        """``config.yaml`` and ``manifest.json`` of a copy that has another configuration."""
+        data = yaml.safe_dump(dict(config), sort_keys=False).encode()
+        fixed = {**self._manifest["fixed"], "config.yaml": _entry(data)}
+        return {"config.yaml": data, "manifest.json": _json({**self._manifest, "fixed": fixed})}
+
     def provenance(self, facts: Mapping[str, Any]) -> None:
         """Write, or on a resumed run compare, where this run comes from.
 

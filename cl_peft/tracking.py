@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+import yaml
+
+from cl_peft.config import Paths, public
+from cl_peft.runs import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +88,8 @@ class WandbTracker(Tracker):
     ``eval/<routing>/<metric>``, and those that belong to no routing as ``eval/<metric>``.
 
     The W&B id is a hash of group and run id: a resumed run continues its own mirror. Nothing of
-    the machine is collected: no host or user name, environment, code or git state.
+    the machine is collected: no host or user name, environment, code, git state or folder. (W&B's
+    own manifests of tables and artifacts do say where it had put each file.)
     """
 
     def __init__(
@@ -118,7 +123,7 @@ class WandbTracker(Tracker):
             "name": run_id,
             "group": group,
             "job_type": self.job_type or config.get("learner", {}).get("name"),
-            "config": config,
+            "config": public(config),
         }
         if self.mode == "online":
             self._off = False
@@ -234,14 +239,22 @@ class WandbTracker(Tracker):
         """Modules and heads of all tasks, as a run folder that can be loaded again."""
         about = {"tasks": len(list(self._folder.glob("tasks/*/module.safetensors")))}
         artifact = wandb.Artifact(f"modules-{self._run.id}", type="modules", metadata=about)
-        names = [self._folder / name for name in ("config.yaml", "stream.json", "manifest.json")]
-        for path in [*names, *sorted(self._folder.glob("tasks/*/*.safetensors"))]:
+        for path in [
+            self._folder / "stream.json",
+            *sorted(self._folder.glob("tasks/*/*.safetensors")),
+        ]:
             artifact.add_file(
                 str(path), name=path.relative_to(self._folder).as_posix(), policy="immutable"
             )
+        run = RunFolder(self._folder)
+        run.look()
+        config = yaml.safe_load(run.content("config.yaml"))
         facts = json.loads((self._folder / "provenance.json").read_text())
-        with artifact.new_file("provenance.json") as file:
-            json.dump({k: v for k, v in facts.items() if k not in PRIVATE}, file, indent=1)
+        kept = json.dumps({k: v for k, v in facts.items() if k not in PRIVATE}, indent=1)
+        written = run.published({**public(config), "paths": Paths().model_dump()})
+        for name, data in {**written, "provenance.json": kept.encode()}.items():
+            with artifact.new_file(name, mode="wb") as file:
+                file.write(data)
         return artifact
 
 
@@ -272,6 +285,7 @@ def _settings(wandb: Any) -> Any:  # noqa: ANN401 (the module is imported lazily
         "init_timeout": START_TIMEOUT,
         "finish_timeout": FINISH_TIMEOUT,
         "finish_timeout_raises": True,
+        "program": "main.py",
         "host": "",
         "username": "",
         "email": "",

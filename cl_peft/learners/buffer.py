@@ -10,8 +10,8 @@ with probability :math:`\min(1, M / n)`. Slot n is drawn by ``(seed, n)`` alone:
 batches nor an interruption changes what is kept.
 
 Every step of training draws from the buffer, trains, and then offers its batch, in every epoch, as
-in mammoth (Buzzega et al. 2020, arXiv:2004.07211, algorithm 1). So an example can be in it more
-than once, and examples of the current task are replayed as well.
+in mammoth (Buzzega et al. 2020, arXiv:2004.07211). So an example can be in it more than once, and
+examples of the current task are replayed as well.
 
 Stored: per slot the task and the position in its training split, and for learners that want them
 values ``(V,)``, such as logits; NaN where an older offer had fewer. The examples stay where the

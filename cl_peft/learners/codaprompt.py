@@ -1,4 +1,4 @@
-r"""CODA-Prompt (Smith et al. 2023, CVPR, arXiv:2211.13218, section 4).
+r"""CODA-Prompt (Smith et al. 2023, CVPR, arXiv:2211.13218).
 
 A sample's prompt is a sum of components ``P_m``, weighted by how its query ``q`` (its frozen
 feature), seen through an attention ``A_m (H,)``, agrees with a key ``K_m (H,)``:
@@ -10,9 +10,9 @@ feature), seen through an attention ``A_m (H,)``, agrees with a key ``K_m (H,)``
       + \lambda (L_\perp(P) + L_\perp(K) + L_\perp(A)), \qquad
     L_\perp(B) = \mathrm{mean}_{ij} (B B^T - I)_{ij}^2
 
-equations 3 to 7. Each of the stream's T tasks brings ``size / T`` components; earlier ones are
-fixed but stay in the sum, in training and at test time. The cross-entropy compares the task's
-classes (official: logits of earlier classes are ``-inf``).
+Each of the stream's T tasks brings ``size / T`` components; earlier ones are fixed but stay in the
+sum, in training and at test time. The cross-entropy compares the task's classes (official: logits
+of earlier classes are ``-inf``).
 
 Shapes: prompts ``(M, P, ...)``, flat for the penalty; keys and attention ``(M, H)``. All start as
 unit vectors orthogonal to each other and to earlier components, as far as there is room (random

@@ -1,4 +1,4 @@
-r"""Dark experience replay, DER++ (Buzzega et al. 2020, arXiv:2004.07211, equation 6).
+r"""Dark experience replay, DER++ (Buzzega et al. 2020, arXiv:2004.07211).
 
 .. math::
     L = \mathrm{CE}(B)

@@ -1,4 +1,4 @@
-r"""DualPrompt (Wang et al. 2022, ECCV, arXiv:2204.04799, section 4).
+r"""DualPrompt (Wang et al. 2022, ECCV, arXiv:2204.04799).
 
 A general prompt ``g`` that trains on every task, and per task an expert prompt ``e_t`` with a key
 ``k_t (H,)``, both fixed when the task ends. Task t trains with its own expert:
@@ -6,9 +6,9 @@ A general prompt ``g`` that trains on every task, and per task an expert prompt 
 .. math::
     L = \mathrm{CE}(h(f([g ; e_t ; x])), y) + \lambda (1 - \cos(q, k_t))
 
-equation 5, averaged over a batch; ``q`` is the sample's frozen feature. At test time, and for
-validation, a sample takes the expert whose key is nearest to its query: :math:`\mathrm{argmax}_t
-\cos(q, k_t)`. The cross-entropy compares the task's classes (``train_mask`` of the official code).
+averaged over a batch; ``q`` is the sample's frozen feature. At test time, and for validation, a
+sample takes the expert whose key is nearest to its query: :math:`\mathrm{argmax}_t \cos(q, k_t)`.
+The cross-entropy compares the task's classes (``train_mask`` of the official code).
 
 Shapes: general ``(1, P, ...)``, experts ``(t, P, ...)``, keys ``(t, H)`` from ``U(0, 1)``. Stored:
 these and the widening head. The expert is chosen by the key alone, also for the oracle, which only

@@ -4,11 +4,11 @@ A module per task, trained with a head that is thrown away; each module i is a s
 feature ``f_i(x)``. A class c of task b is a prototype ``p_{c,i} (H,)`` in every subspace: the mean
 of its training features for ``i <= b``. In a later subspace n, whose task no longer has the class's
 examples, it is synthesised from the new classes j by their likeness in the class's own subspace b
-(equation 8):
+(equations 8 and 9):
 
 .. math:: p_{c,n} = \sum_j \mathrm{softmax}_j(\cos(p_{c,b}, p_{j,b}))\, p_{j,n}
 
-The answer counts the class's own subspace fully and the others by ``alpha`` (equation 11; divided
+The answer counts the class's own subspace fully and the others by ``alpha`` (equation 12; divided
 by their number, as in the official code):
 
 .. math:: z_c(x) = \cos(f_b(x), p_{c,b})

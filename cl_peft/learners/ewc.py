@@ -18,7 +18,7 @@ one backward pass, in which each example has a copy of the module.
 
 Defaults: :math:`\lambda = 5000` as in the code of Zheng et al. (2023, arXiv:2312.07887; EWC.py),
 :math:`\gamma = 1` as in all of mammoth's settings. mammoth's ``e_lambda`` has no 1/2, and it
-weights each squared gradient by p(y|x), which no paper does.
+weights each squared gradient by p(y|x).
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ tasks use (``remove``), or, once these fill more than half of the space, those t
 
 .. math:: A = U_{:r}^T / \sqrt 3, \qquad P C = U S V^T
 
-(section 3), which stays fixed; only ``B``, from zero, and the head train. As ``A P = A``, an input
-inside the old space gives the same output as before. After the task, with the new ``C``, DualGPM
-(Liang and Li, CVPR 2023) lets ``M`` take in, or give away, as few left singular vectors of ``P C``
-as bring the share of used directions
+which stays fixed; only ``B``, from zero, and the head train. As ``A P = A``, an input inside the
+old space gives the same output as before. After the task, with the new ``C``, DualGPM (Liang and
+Li, CVPR 2023) lets ``M`` take in, or give away, as few left singular vectors of ``P C`` as bring
+the share of used directions
 
 .. math:: 1 - \|P C\|_F^2 / \|C\|_F^2 \ \ge \ \epsilon_t, \qquad
           \epsilon_t = \epsilon_1 + (\epsilon_{end} - \epsilon_1) (t - 1) / T

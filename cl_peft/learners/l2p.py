@@ -19,7 +19,7 @@ Differences: the official code lets a batch vote on its prompts (``batchwise_pro
 make an answer depend on its neighbours: here that is off, each sample takes its own. The official
 feature is the mean of the prompts' outputs; here pooling is the backbone's, over the text's own
 tokens. Prompts start as the module says (official: uniform). With ``module=prefix`` the pool holds
-keys and values for all layers, as in the L2P++ of Smith et al. 2023.
+keys and values for all layers; the code of Smith et al. 2023 (L2P++, deep) has them at layers 1-5.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""O-LoRA: LoRA in orthogonal subspaces (Wang et al. 2023, arXiv:2310.14152, section 3).
+r"""O-LoRA: LoRA in orthogonal subspaces (Wang et al. 2023, arXiv:2310.14152).
 
 While task t trains, ``A_t`` is pushed out of the row spaces of the finished ``A_k``:
 

@@ -1,4 +1,4 @@
-r"""Progressive Prompts (Razdaibiedina et al. 2023, ICLR, arXiv:2301.12314, section 3).
+r"""Progressive Prompts (Razdaibiedina et al. 2023, ICLR, arXiv:2301.12314).
 
 Task t trains a prompt ``P_t`` before all earlier ones, which are fixed, and a head of its own:
 
@@ -9,8 +9,8 @@ chooses how many prompts stand before a sample. With the oracle nothing is forgo
 task starts from what earlier prompts found. The sequence grows by ``module.tokens`` per task.
 
 Stored per task: its prompt ``(P, H)`` and head. With ``module=prefix`` the keys and values of all
-tasks stand side by side at every layer. Default: prompts of 10 tokens (section 4.2; T5), so
-``module.tokens=10``.
+tasks stand side by side at every layer. Default: prompts of 10 tokens (``prefix_len`` in
+T5_codebase/train_t5_cl.py of github.com/arazd/ProgressivePrompts), so ``module.tokens=10``.
 
 Differences: the residual network through which the paper's T5 prompts train is left out. The paper
 generates label words with T5; here, as in its BERT experiments, each task has a classifier.

@@ -1,4 +1,4 @@
-r"""SD-LoRA: magnitude and direction apart (Wu et al. 2025, arXiv:2501.13198, section 3).
+r"""SD-LoRA: magnitude and direction apart (Wu et al. 2025, arXiv:2501.13198, section 3.2).
 
 Finished modules keep their direction for ever; their magnitudes are learned again, together with
 the new module, on each task's data:
@@ -18,6 +18,7 @@ ranks and with distilled directions (RR, KD) are not here.
 
 Both factors are divided by their Frobenius norms, as in that code, to which 0.8 belongs: 1 is then
 about the size that the product of the norms has after training, while that of ``B A`` is smaller.
+The paper's equation 4 divides the product, the newest one too, and its magnitudes start at 1.
 Not in that code: ``restart=keep`` starts where the last task ended (the newest at its own size,
 averaged over sites), so that a task begins from nearly the model that the last one left.
 """

@@ -13,11 +13,12 @@ to come are in the softmax, and are trained, too. A prediction is by rows of cla
 At test time one module and one widening head answer for all tasks. The head's stored rows are
 :math:`s w_c / |w_c|`. Stored besides: with (P), rows of classes to come.
 
-Defaults of the official code (SEQ.py, classifier.py): :math:`s = 1`, no pre-allocation, warm-up
-with cross-entropy. There the warm-up has 3 epochs of its own, and the head 5 epochs of batches of
-4; here the warm-up has the trainer's epochs, and a head alone 40, which with batches of 32 is as
-many steps. With fewer, rows that started at random do not reach the cosines of the older ones, and
-new classes lose to old ones. A task without new classes trains nothing.
+Defaults of the official code (classifier.py, and SEQ_warm_fix.yaml for BERT): :math:`s = 1`, no
+pre-allocation (SEQ_pre_warm_fix.yaml: with), warm-up with cross-entropy. There the warm-up has 3
+epochs of its own, and the head 5 epochs of batches of 4; here the warm-up has the trainer's epochs,
+and a head alone 40, which with batches of 32 is as many steps. With fewer, rows that started at
+random do not reach the cosines of the older ones, and new classes lose to old ones. A task without
+new classes trains nothing.
 """
 
 from __future__ import annotations

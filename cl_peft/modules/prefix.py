@@ -1,6 +1,6 @@
 r"""Prefix tuning: trained keys and values at every attention layer (Li and Liang 2021).
 
-arXiv:2101.00190, section 4, equation 3:
+arXiv:2101.00190, section 4, equation 3, as attention sees it:
 
 .. math:: \mathrm{attention}(Q, [P_k ; K], [P_v ; V])
 

@@ -1,7 +1,7 @@
 r"""Arrow: per token and layer, the modules whose main direction the token has.
 
-Ostapenko et al. 2024, arXiv:2405.11157, section 4.2. With ``v_t`` the top right singular vector of
-module t's ``B_t A_t`` at a linear layer, a token ``x`` there is routed by
+Ostapenko et al. 2024, arXiv:2405.11157. With ``v_t`` the top right singular vector of module t's
+``B_t A_t`` at a linear layer, a token ``x`` there is routed by
 
 .. math::
     s_t = |x \cdot v_t|, \qquad w = \mathrm{softmax}(\mathrm{top}_k(s) / \tau), \qquad
@@ -40,8 +40,8 @@ class Arrow(Router):
     """Routes every token at every layer.
 
     Args:
-        top_k: Modules that a token uses; the paper's 4 for a library of 10 (its Table 8).
-        temperature: ``tau``; 1 in the paper.
+        top_k: Modules that a token uses; 3 as in Hugging Face peft.
+        temperature: ``tau``; 1 as in the authors' code (github.com/microsoft/mttl).
     """
 
     needs_features: ClassVar[bool] = False

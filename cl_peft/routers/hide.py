@@ -12,13 +12,13 @@ classifier over all pairs is trained from scratch on pseudo-features drawn from 
 
 with ``F_c (H, r)`` the ``r`` principal axes of the class's covariance times their standard
 deviations, and ``d_c`` what they leave of each dimension's: so variances are exact at any rank, 0
-gives the diagonal and null (``r = H``, ``d = 0``) the paper's full covariance. The full one costs
-:math:`H^2` numbers per class.
+gives the diagonal and null (``r = H``, ``d = 0``) the full covariance; the authors' code has both,
+and several centroids per class as its default. The full one costs :math:`H^2` numbers per class.
 
 - ``h`` is linear, or has one hidden ReLU layer. Its inputs are standardised by the mean and
   variance of the mixture of all Gaussians; that is folded into its weights when training ends.
 - Adam with a cosine rate for a fixed number of steps; the authors' code takes SGD at 0.005 for 30
-  epochs of 640 draws per class: 37 times as many draws for 150 classes.
+  epochs, with new draws in each.
 - The Gaussians do not depend on the order of tasks. The classifier depends on it through the draws.
 
 A score is the log-softmax over all pairs; a task's score is its best pair's. State: means

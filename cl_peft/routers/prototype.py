@@ -1,4 +1,4 @@
-r"""Nearest class mean (NCM; SimpleCIL: Zhou et al. 2023, arXiv:2303.07338, equation 3).
+r"""Nearest class mean (NCM; SimpleCIL: Zhou et al. 2023, arXiv:2303.07338).
 
 .. math::
     s_c(f) = \cos(f, \mu_c) \quad\text{or}\quad s_c(f) = -\|f - \mu_c\|^2, \qquad

@@ -4,7 +4,7 @@ With ``p_t`` the posterior of task t's head on its own module's features, over i
 a task's score is
 
 * ``entropy``: ``-H(p_t) / log C_t``, the least entropy of the posterior (TUNA: Wang et al. 2025,
-  arXiv:2505.23744), relative to the largest possible, so that heads of different sizes compare;
+  arXiv:2508.08165), relative to the largest possible, so that heads of different sizes compare;
 * ``confidence``: ``max_c p_t(c)`` (Hendrycks and Gimpel 2017, arXiv:1610.02136);
 * ``margin``: ``max_c p_t(c)`` minus the second largest;
 * ``energy``: ``log sum_c exp z_{t,c}`` of its logits ``z`` (Liu et al. 2020, arXiv:2010.03759).
