@@ -57,6 +57,8 @@ def one(folder: Path, kind: str) -> dict[str, object] | None:
         name = " ".join([learner["name"], *other])
         name += "" if router["name"] == "none" else f", {router['name']}"
         name += "" if module["name"] in ("lora", "none") else f", {module['name']}"
+        order = config["stream"].get("order")  # of the standard benchmark; 1 is the usual one
+        name += f", order {order}" if isinstance(order, int) and order != 1 else ""
     elif learner["name"] != "isolated":
         name = learner["name"]
     kept = sum(

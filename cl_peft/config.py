@@ -169,7 +169,7 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 
 def public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration for others to see: without ``paths``, of local paths the last name alone."""
+    """A configuration for others to see: no ``paths``, of absolute ones the last name alone."""
 
     def clean(value: Any) -> Any:  # noqa: ANN401 (a node of a configuration)
         if isinstance(value, Mapping):

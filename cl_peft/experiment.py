@@ -52,6 +52,9 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     try:
         world.check_room()
         world.resume(folder)
+        if folder.done:  # the process that committed it may have died before it said so
+            name = f"tasks/{folder.done:03d}/results.parquet"
+            tracker.log_task(folder.done, _records(pd.read_parquet(folder.read(name))))
         world.prefetch()
         for task in _counted(stream, folder.done, console):
             started = time.perf_counter()

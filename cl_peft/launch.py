@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,10 +47,14 @@ def launch(main: Callable[[], Any]) -> int:
     """
     raw = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors shall reach us, not be printed and swallowed
-    code = _guarded(main, raw)
-    for config, jobs in sweeps.left():
+    try:
+        code = _guarded(main, raw)
+    finally:
+        left = sweeps.left()
+    for config, jobs in left:
         if code != INTERRUPTED:
-            code = _guarded(functools.partial(_complete, config, jobs), raw) or code
+            done = _guarded(functools.partial(_complete, config, jobs), raw)
+            code = done if done == INTERRUPTED else code or done
     sweeps.show_tables()
     return code
 
@@ -117,7 +122,7 @@ def job(cfg: DictConfig) -> float:
         if config[axis]["name"] == "none" and given != "none":
             learner = config["learner"]["name"]
             console.message(f"learner={learner} uses no {axis}: {axis}={given} is set to none")
-    if sweep and _may_leave(hydra) and is_held(_folder(config).path):
+    if sweep and _may_leave(hydra) and _busy(_folder(config).path):
         console.message(f"another process runs this configuration; {sweeps.leave(config, jobs)}")
         return math.nan
     folder = _with_bounds(config, console, jobs)
@@ -133,7 +138,19 @@ def _complete(config: dict[str, Any], jobs: int) -> None:
     from cl_peft import presentation
     from cl_peft.console import Console
 
-    presentation.write(_with_bounds(config, Console(), jobs).path)
+    if config["fail_fast"]:
+        sweeps.refuse_after_failure(_folder(config).path.parent)
+    console = Console()
+    console.message(f"left before: {run_id(config)}")
+    presentation.write(_with_bounds(config, console, jobs).path)
+
+
+def _busy(path: Path) -> bool:
+    """Whether a process runs there, and does not only look whether one does."""
+    if not is_held(path):
+        return False
+    time.sleep(0.2)
+    return is_held(path)
 
 
 def _may_leave(hydra: Any) -> bool:  # noqa: ANN401 (Hydra's own node)

@@ -12,7 +12,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ class Sweep(Callback):
         """Called once in the process that starts the sweep."""
         began = time.time()
         _sweeps.append((Path(str(config.paths.runs)).expanduser(), began))
-        handle, path = tempfile.mkstemp(prefix="cl_peft-left-", suffix=".jsonl")
-        os.close(handle)
-        os.environ[BEGAN], os.environ[LEFT] = repr(began), path  # what runs jobs inherits them
+        os.environ[BEGAN] = repr(began)  # what runs jobs inherits it
+        os.environ.pop(LEFT, None)  # another sweep's
+        with suppress(OSError):  # without it, a job that is left is not looked at again
+            handle, os.environ[LEFT] = tempfile.mkstemp(prefix="cl_peft-left-", suffix=".jsonl")
+            os.close(handle)
 
     def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ANN401
         """Called in the process of every job, also of one that failed."""
@@ -62,27 +65,34 @@ def leave(config: Mapping[str, Any], jobs: int) -> str:
         config: Of a job that another process is running.
         jobs: How many jobs of the sweep run side by side.
     """
+    later = "should that process die, the same sweep again goes on with it"
     path = Path(os.environ.get(LEFT, ""))
     if not path.is_file():  # a job on another machine than the process that started the sweep
-        return "should that process die, the same sweep again goes on with it"
+        return later
     line = json.dumps([config, jobs]) + "\n"
-    file = os.open(path, os.O_WRONLY | os.O_APPEND)  # one write each: lines of others stay whole
     try:
-        os.write(file, line.encode())
-    finally:
-        os.close(file)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(file, line.encode())  # at once: lines of others stay whole
+        finally:
+            os.close(file)
+    except OSError as error:
+        return f"{later} (it could not be noted for the end: {error.strerror})"
     return "it is looked at again in the end"
 
 
-def left() -> Iterator[tuple[dict[str, Any], int]]:
+def left() -> list[tuple[dict[str, Any], int]]:
     """What this process' sweep left for its end: configurations, and their number of jobs."""
     path = Path(os.environ.pop(LEFT, "") if _sweeps else "")
-    if path.is_file():
-        lines = path.read_text().splitlines()
-        path.unlink()
-        for line in lines:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # cut off by a full disk: the same sweep again finds that job
             config, jobs = json.loads(line)
-            yield config, jobs
+            found.append((config, jobs))
+    path.unlink()
+    return found
 
 
 def refuse_after_failure(group: Path) -> None:

@@ -87,9 +87,11 @@ class WandbTracker(Tracker):
     as ``eval/<routing>/accuracy/task_03``, numbers over all seen tasks as
     ``eval/<routing>/<metric>``, and those that belong to no routing as ``eval/<metric>``.
 
-    The W&B id is a hash of group and run id: a resumed run continues its own mirror. Nothing of
-    the machine is collected: no host or user name, environment, code, git state or folder. (W&B's
-    own manifests of tables and artifacts do say where it had put each file.)
+    The W&B id is a hash of group and run id: a resumed run continues its own mirror. Of the machine
+    nothing is sent: no host or user name, environment, code, git state, nor ``paths``; of absolute
+    paths elsewhere in the configuration the last name. Two things are W&B's own, and stay: its
+    telemetry (versions, kind of system), and its manifests of tables and of modules, which name the
+    folder where each file lay; ``log_tables=False`` does without.
     """
 
     def __init__(
@@ -236,7 +238,10 @@ class WandbTracker(Tracker):
             self._run.log_artifact(self._modules(wandb))
 
     def _modules(self, wandb: Any) -> Any:  # noqa: ANN401 (the module is imported lazily)
-        """Modules and heads of all tasks, as a run folder that can be loaded again."""
+        """Modules and heads of all tasks, as a run folder that can be loaded again.
+
+        A backbone that was a local folder is named there, but does not go along.
+        """
         about = {"tasks": len(list(self._folder.glob("tasks/*/module.safetensors")))}
         artifact = wandb.Artifact(f"modules-{self._run.id}", type="modules", metadata=about)
         for path in [

@@ -1,16 +1,15 @@
 """Sweeps: folders named by what they compute, a status table, finished jobs skipped."""
 
-import os
-import signal
 import subprocess
 import sys
 
 import filelock
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from running import RIDGE, ROOT, command, digests, environment, folder_of, warm_command
 
-from cl_peft import sweeps
+from cl_peft import launch, sweeps
 
 SMOKE = ("debug=smoke", "trainer.epochs=1")
 MAIN = str(ROOT / "main.py")
@@ -113,42 +112,118 @@ def test_table_of_every_group_that_the_sweep_touched(tmp_path, cache):
     assert sorted(table["state"]) == ["failed", "finished"]
 
 
+def waiting(folder, *args):
+    """Start a sweep while somebody else runs its first job: what it said until it waits for that.
+
+    The caller gets the process, and holds the job's lock for as long as the block runs.
+    """
+    env = {**environment(), "TMPDIR": str(folder)}
+    begun = [sys.executable, MAIN, "--multirun", *args, "seed.init=0,1,2"]
+    process = subprocess.Popen(begun, stderr=subprocess.PIPE, text=True, env=env)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "waiting for it" in line:
+            return process, "".join(said)
+    process.wait()
+    raise AssertionError("it never waited: " + "".join(said))
+
+
 @pytest.mark.parametrize("cluster", [(), ("cluster=joblib",)])
 def test_processes_share_a_sweep(cluster, tmp_path, cache):
     """A job that somebody else is running is left for the end, not waited for."""
-    args = (*SMOKE, *RIDGE, *cluster, f"paths.runs={tmp_path}", f"paths.cache={cache}")
+    runs, temporary = tmp_path / "runs", tmp_path / "temporary"
+    temporary.mkdir()
+    args = (*SMOKE, *RIDGE, *cluster, f"paths.runs={runs}", f"paths.cache={cache}")
     folders = [folder_of(*args, f"seed.init={seed}") for seed in (0, 1, 2)]
     folders[0].mkdir(parents=True)
-    begun = [sys.executable, MAIN, "--multirun", *args, "seed.init=0,1,2"]
-    pipe = {"stderr": subprocess.PIPE, "text": True, "env": environment()}
-    with filelock.FileLock(folders[0] / ".lock"), subprocess.Popen(begun, **pipe) as process:
-        said = []
-        try:
-            for line in process.stderr:  # somebody else runs the first
-                said.append(line)
-                if "waiting for it" in line:
-                    break
-            assert [(f / "results.parquet").exists() for f in folders] == [False, True, True]
-        finally:  # it waits for the lock that is held here
-            os.kill(process.pid, signal.SIGKILL)
-    text = "".join(said)
+    with filelock.FileLock(folders[0] / ".lock"):
+        process, text = waiting(temporary, *args)
+        assert [(f / "results.parquet").exists() for f in folders] == [False, True, True]
+    _, rest = process.communicate(timeout=120)  # the other one has died, its job undone
+    assert process.returncode == 0
     assert text.count("it is looked at again in the end") == 1
-    assert text.count("task 3/3") == 2
-    done = command(*begun[2:])  # the other process has died
+    assert (text.count("task 3/3"), rest.count("task 3/3")) == (2, 1)
+    table = pd.read_csv(folders[0].parent / "status.csv")
+    assert list(table["state"]) == ["finished"] * 3
+    assert not list(temporary.glob("cl_peft-left-*"))
+
+
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_a_job_that_was_left_may_fail(fast, tmp_path, cache):
+    """It has a say in how the sweep ends; with fail_fast it does not start after one failed."""
+    args = (*SMOKE, *RIDGE, f"fail_fast={fast}", "trainer.diverged_above=1e-9",
+            f"paths.runs={tmp_path / 'runs'}", f"paths.cache={cache}")  # fmt: skip
+    folder = folder_of(*args, "seed.init=0")
+    folder.mkdir(parents=True)
+    begun = ["--multirun", *args, "seed.init=0"]
+    process = subprocess.Popen([sys.executable, MAIN, *begun], env=environment(),
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    with filelock.FileLock(folder / ".lock"):
+        for line in process.stderr:
+            if "looked at again" in line:
+                break
+        else:
+            raise AssertionError("it was not left")
+        if fast == "true":  # another one of the sweep fails meanwhile
+            other = folder.parent / "other" / "status.json"
+            other.parent.mkdir()
+            other.write_text('{"state": "failed"}')
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert ("not started, since other failed" in rest) == (fast == "true")
+    assert ("diverged" in rest) == (fast == "false")
+
+
+def test_killed_while_it_waits_the_next_one_takes_over(tmp_path, cache):
+    args = (*SMOKE, *RIDGE, f"paths.runs={tmp_path}", f"paths.cache={cache}")
+    folder = folder_of(*args, "seed.init=0")
+    folder.mkdir(parents=True)
+    with filelock.FileLock(folder / ".lock"):
+        process, _ = waiting(tmp_path, *args)
+        process.kill()
+        process.communicate()
+    done = sweep(tmp_path, *args[2:], "seed.init=0,1,2")
     assert done.returncode == 0
     assert done.stderr.count("already finished") == 2
     assert done.stderr.count("task 3/3") == 1
-    table = pd.read_csv(folders[0].parent / "status.csv")
-    assert list(table["state"]) == ["finished"] * 3
 
 
-def test_a_job_on_another_machine_does_not_wait(tmp_path, cache, monkeypatch):
-    """There the file of what is left does not exist; nobody computes it twice."""
-    monkeypatch.setenv(sweeps.LEFT, str(tmp_path / "elsewhere"))
-    said = sweeps.leave({"group": "a"}, 1)
-    assert "the same sweep again" in said
-    assert list(sweeps.left()) == []
-    assert not list(tmp_path.iterdir())
+def test_what_is_left_without_a_file_for_it(tmp_path, monkeypatch):
+    """On another machine, or where nothing can be written; and a line that was cut off."""
+    monkeypatch.setattr(sweeps, "_sweeps", [(tmp_path, 0.0)])
+    path = tmp_path / "left.jsonl"
+    monkeypatch.setenv(sweeps.LEFT, str(path))
+    assert "the same sweep again" in sweeps.leave({"group": "a"}, 1)
+    assert sweeps.left() == []
+    path.write_text("")
+    monkeypatch.setenv(sweeps.LEFT, str(path))
+    assert "in the end" in sweeps.leave({"group": "a"}, 2)
+    with path.open("a") as file:
+        file.write('[{"group":')
+    assert sweeps.left() == [({"group": "a"}, 2)]
+    assert not path.exists()
+
+
+def test_interrupted_it_runs_nothing_that_was_left(tmp_path, monkeypatch):
+    path = tmp_path / "left.jsonl"
+    monkeypatch.setattr(sweeps, "_sweeps", [(tmp_path, 0.0)])
+    monkeypatch.setenv(sweeps.LEFT, str(path))
+    monkeypatch.setattr(launch, "_complete", lambda *_: pytest.fail("it ran"))
+
+    def main():
+        path.write_text("")
+        sweeps.leave({"group": "a"}, 1)
+        raise KeyboardInterrupt
+
+    assert launch.launch(main) == launch.INTERRUPTED
+
+
+def test_a_search_waits_for_its_scores():
+    targets = {"hydra._internal.BasicSweeper": True, "hydra_plugins.OptunaSweeper": False}
+    for target, expected in targets.items():
+        node = OmegaConf.create({"sweeper": {"_target_": target}})
+        assert launch._may_leave(node) == expected
 
 
 @pytest.mark.slow

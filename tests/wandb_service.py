@@ -11,6 +11,8 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+PROJECT = {"id": "P", "name": "cl_peft", "entity": {"id": "E", "name": "me"}}
+
 
 class Service:
     """Uploaded runs by id (group, name, config, history, ...), and files by path."""
@@ -123,9 +125,6 @@ class Service:
             run["summary"].update(json.loads(files["wandb-summary.json"]["content"][-1]))
         if "exitcode" in sent:
             run["exit_code"] = sent["exitcode"]
-
-
-PROJECT = {"id": "P", "name": "cl_peft", "entity": {"id": "E", "name": "me"}}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -9,8 +9,8 @@ gradient twice more; these passes over memory, not the products, are what LoRA c
 
 is computed with every sum inside a matrix product: ``z`` in the place of the frozen output ``y = x
 W^T + b``, ``v A`` into ``g W``, or, where that touches fewer numbers, ``g (W + s B A)`` at once.
-Only ``x`` and ``u`` ``(N, r)`` are kept for the backward pass. The derivative of ``y`` is known,
-``W``, so the frozen layer's own graph is not used.
+``x`` and ``u`` ``(N, r)`` are kept for the backward pass, with dropout a byte per value of ``x``
+more. The derivative of ``y`` is known, ``W``, so the frozen layer's own graph is not used.
 
 DoRA's ``c = m / n`` scales rows, ``out = c (z - b) + b``: there ``B`` and ``W`` are scaled instead
 of activations, and ``dc = sum_n g (out - b) / c``.
@@ -18,6 +18,7 @@ of activations, and ``dc = sum_n g (out - b) / c``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from cl_peft.modules.base import Params, Site
 
-#: Numbers that stay in a processor's own cache from one operation to the next: half a megabyte.
+#: Numbers that stay in a processor's own cache from one operation to the next (float32: 0.5 MB).
 CACHED = 2**17
 
 
@@ -51,60 +52,71 @@ def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
     stream of bits is seeded from torch's global generator.
     """
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p), 1 - p
+        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return keep.bernoulli_(1 - p), 1 - p
     limit = max(1, round((1 - p) * 2**16))
     bits = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
-    keep = np.empty(x.numel(), dtype=np.bool_)
-    for part in range(0, len(keep), CACHED):
-        here = keep[part : part + CACHED]
+    ones = np.empty(x.numel(), dtype=np.bool_)
+    for part in range(0, len(ones), CACHED):
+        here = ones[part : part + CACHED]
         words = bits.integers(0, 2**64, size=-(-len(here) // 4), dtype=np.uint64)
         np.less_equal(words.view(np.uint16)[: len(here)], np.uint16(limit - 1), out=here)
-    return torch.from_numpy(keep).view(x.shape), limit / 2**16
+    return torch.from_numpy(ones).view(x.shape), limit / 2**16
 
 
 def masked(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
-    """``x`` where ``keep``, else 0, written to ``out``, which is returned.
+    """``x`` times ``keep``, written to ``out``, which is returned.
 
-    numpy multiplies floats by booleans in a third of the time that torch takes.
+    numpy multiplies floats by booleans in a third of the time that torch takes, with one thread.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if _whole(x):
         return torch.mul(x, keep, out=out)
-    np.multiply(x.detach().numpy(), keep.numpy(), out=out.numpy())
+    with np.errstate(invalid="ignore"):  # infinity times zero: a step that diverges says so itself
+        np.multiply(x.detach().numpy(), keep.numpy(), out=out.numpy())
     return out
 
 
-def parts(x: Tensor) -> list[slice]:
-    """Rows that fit a processor's cache together: with dropout, memory is what takes time."""
-    rows = max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else len(x)
-    return [slice(start, min(start + rows, len(x))) for start in range(0, len(x), rows)]
+def _whole(x: Tensor) -> bool:
+    """Whether pieces would not pay (other devices), or be added up too roughly (half precision)."""
+    return x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
+
+
+def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows that fit a processor's cache together, and room for as many numbers.
+
+    With dropout, memory is what takes time.
+    """
+    rows = max(1, len(x) if _whole(x) else CACHED // x.shape[1])
+    room = x.new_empty(min(rows, len(x)), x.shape[1])
+    for start in range(0, len(x), rows):
+        stop = min(start + rows, len(x))
+        yield slice(start, stop), room[: stop - start]
 
 
 def dropped_product(x: Tensor, keep: Tensor, a: Tensor) -> Tensor:
     """``drop(x) A^T``, ``(N, r)``."""
-    u, rows = x.new_empty(len(x), len(a)), parts(x)
-    room = x.new_empty(rows[0].stop, x.shape[1])
-    for part in rows:
-        torch.mm(masked(x[part], keep[part], room[: part.stop - part.start]), a.T, out=u[part])
+    u = x.new_empty(len(x), len(a))
+    for part, room in pieces(x):
+        torch.mm(masked(x[part], keep[part], room), a.T, out=u[part])
     return u
 
 
 def dropped_gradients(
-    dx: Tensor | None, x: Tensor, keep: Tensor, a: Tensor, v: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """``dx + drop(v A)``, in the place of ``dx``, and ``v^T drop(x)``."""
-    da, rows = torch.zeros_like(a), parts(x)
-    room = x.new_empty(rows[0].stop, x.shape[1])
-    for part in rows:
-        here = room[: part.stop - part.start]
-        da.addmm_(v[part].T, masked(x[part], keep[part], here))
+    dx: Tensor | None, da: Tensor | None, x: Tensor, keep: Tensor, a: Tensor, v: Tensor
+) -> None:
+    """Add ``drop(v A)`` to ``dx``, and ``v^T drop(x)`` to ``da``; None: not wanted."""
+    for part, room in pieces(x):
+        if da is not None:
+            da.addmm_(v[part].T, masked(x[part], keep[part], room))
         if dx is not None:
-            torch.mm(v[part], a, out=here)
-            dx[part].add_(masked(here, keep[part], here))
-    return dx, da
+            torch.mm(v[part], a, out=room)
+            dx[part].add_(masked(room, keep[part], room))
 
 
 def back(g: Tensor, weight: Tensor, b: Tensor, a: Tensor, v: Tensor) -> Tensor:
-    """``g (W + b A)``, where ``v = g b``: with ``b A`` added to the smaller of ``W`` and ``g W``.
+    """``g (W + b A)``, where ``v = g b``: as ``g W + v A``, or with ``b A`` added to ``W`` before.
+
+    The second where ``W`` is less than half as tall as ``g W``: it takes a new ``W``, too.
 
     Args:
         g: ``(N, out)``.
@@ -166,7 +178,9 @@ class LowRank(torch.autograd.Function):
             dx = back(g, weight, scaled, a, v) if want_x else None
             da = v.T @ flat if want_a else None
         else:
-            dx, da = dropped_gradients(g @ weight if want_x else None, flat, keep, a, v)
+            dx = g @ weight if want_x else None
+            da = torch.zeros_like(a) if want_a else None
+            dropped_gradients(dx, da, flat, keep, a, v)
         dx = None if dx is None else dx.view(ctx.shape)
         db = ctx.scale * (u.T @ g).T if want_b else None  # thrice as fast as g.T @ u
         return dx, None, da, db, None, None, None

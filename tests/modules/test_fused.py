@@ -194,6 +194,25 @@ def test_dropout_drops_the_branch_alone(cached, used, monkeypatch):
     assert not torch.equal(forward(x), ours)  # drawn anew every time
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_dropout_of_any_rows_and_precision(rows, dtype):
+    site, _, p = case(dropout=0.25, dtype=dtype)
+    x = torch.randn(rows, 6, dtype=dtype, requires_grad=True)
+    keep, share = fused.kept(x, 0.25)
+    with torch.no_grad():
+        y = nn.functional.linear(x, site.weight, site.bias)
+    ours = fused.LowRank.apply(x, y.clone(), p["A"], p["B"], site.weight, 1 / share, keep)
+    branch = (x * keep) @ p["A"].T @ p["B"].T / share
+    loose = {"atol": 0.3, "rtol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours, y + branch, **loose)
+    leaves = [x, p["A"], p["B"]]
+    mine = torch.autograd.grad(ours.sum(), leaves)
+    theirs = torch.autograd.grad((x @ site.weight.T + branch).sum(), leaves)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, **loose)
+
+
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
 def test_what_dropout_keeps(p):
     torch.manual_seed(0)
