@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_peft import sweeps
+from cl_peft import inputs, sweeps
 from cl_peft.atomic import disk_error
 from cl_peft.config import run_id, validate
 from cl_peft.errors import ConfigError, UserError, did_you_mean
@@ -196,6 +196,8 @@ def _run(
             bounds.record(folder.path, baselines)
             (folder.path / "report.md").unlink(missing_ok=True)  # written again, with bounds
         if state == "finished":
+            with _warnings(console):
+                inputs.check_finished(config, folder.path)
             console.message(f"already finished: {folder.path}")
         else:
             if folder.done:
@@ -238,31 +240,40 @@ def _threads_per_job(jobs: int) -> int:
 def _own_log(path: Path, console: Any) -> Iterator[None]:  # noqa: ANN401
     """Send logging to the run's own file, and warnings to the terminal as well."""
     root = logging.getLogger()
-
-    class Terminal(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            console.message(f"{record.levelname.lower()}: {record.getMessage()}")
-
     try:
         file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise disk_error(error, path, 0) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    terminal = Terminal(level=logging.WARNING)
-    terminal.addFilter(lambda record: record.exc_info is None)  # errors are shown once, at the end
     before = root.level
     root.setLevel(logging.INFO)
-    for handler in (file, terminal):
-        root.addHandler(handler)
+    root.addHandler(file)
     logging.captureWarnings(True)
     try:
-        yield
+        with _warnings(console):
+            yield
     finally:
         logging.captureWarnings(False)
         root.setLevel(before)
-        for handler in (file, terminal):
-            root.removeHandler(handler)
+        root.removeHandler(file)
         file.close()
+
+
+@contextmanager
+def _warnings(console: Any) -> Iterator[None]:  # noqa: ANN401
+    """Show what is logged as a warning on the terminal; errors are shown once, at the end."""
+
+    class Terminal(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.message(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    terminal = Terminal(level=logging.WARNING)
+    terminal.addFilter(lambda record: record.exc_info is None)
+    logging.getLogger().addHandler(terminal)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(terminal)
 
 
 def explain(error: Exception) -> str:

@@ -213,6 +213,8 @@ class RunFolder:
                     "last bits from an uninterrupted run",
                     name, stored.get(name), session.get(name),
                 )  # fmt: skip
+        if stored.get("code") not in (None, session.get("code")):
+            log.warning("the code of this run's parts changed since it began; see fresh=true")
         write_atomic(path, _json({**stored, "sessions": sessions}))
 
     def commit(self, task: int, files: Mapping[str, bytes], tasks: int) -> None:

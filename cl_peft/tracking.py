@@ -25,7 +25,8 @@ AXES = {"train/*": "train/step", "eval/*": "task/idx"}
 MAX_TABLE_ROWS = 200_000
 #: Entries of provenance.json that tell of the machine and the code, and stay in the run folder.
 PRIVATE = ("command", "git_revision", "git_dirty", "platform", "cpus", "sessions")
-#: Seconds that an unreachable server may cost when a run starts, and when it ends.
+#: Seconds that an unreachable server may cost when a run starts, and when it ends, unless W&B's own
+#: variables WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise.
 START_TIMEOUT, FINISH_TIMEOUT = 20.0, 120.0
 
 
@@ -301,4 +302,7 @@ def _settings(wandb: Any) -> Any:  # noqa: ANN401 (the module is imported lazily
         "x_save_requirements": False,
     }
     known = wandb.Settings.model_fields
-    return wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+    chosen = {
+        key for key in ("init_timeout", "finish_timeout") if f"WANDB_{key.upper()}" in os.environ
+    }
+    return wandb.Settings(**{k: v for k, v in wanted.items() if k in known and k not in chosen})

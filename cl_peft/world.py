@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cl_peft import loading
+from cl_peft import inputs, loading
 from cl_peft.backbones.base import Backbone, choose_device
 from cl_peft.backbones.features import Features
 from cl_peft.config import Seeds, build, run_id
@@ -100,6 +100,8 @@ class World:
         return {
             "run": run_id(self.config),
             "stream_fingerprint": self.stream.fingerprint,
+            "data": inputs.data_digest(self.config["stream"]),
+            "code": inputs.code_digest(self.config),
             **self.backbone.facts(),
             "preprocessing": self.backbone.preprocessing(),
             "device": str(self.backbone.device),
@@ -135,9 +137,11 @@ class World:
         """Name of everything that the result of learning a task depends on."""
         history = self.learner.history == "stream"
         seen = self.stream.seen(task) if history else (task,)
-        axes = {axis: self.config[axis] for axis in ("learner", "module", "optimizer", "trainer")}
+        names = ("learner", "module", "optimizer", "trainer")
+        axes = {axis: self.config[axis] for axis in names}
         parts = [
-            "learning 4",  # to be raised when the arithmetic of training changes
+            "learning 5",
+            inputs.code_digest(self.config, (*names, "backbone"), core=()),
             torch.__version__.split("+")[0],
             axes,
             dict(self.config["seed"], order=None),

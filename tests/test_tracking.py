@@ -22,7 +22,7 @@ from wandb_file import WandbFile
 
 from cl_peft.config import build
 from cl_peft.loading import load_run
-from cl_peft.tracking import Tracker, WandbTracker
+from cl_peft.tracking import Tracker, WandbTracker, _settings
 
 SECRET = "5ec2e7" * 6 + "abcd"
 CONFIG = {
@@ -341,3 +341,10 @@ def test_offline_sends_nothing(tmp_path):
         server.shutdown()
     assert output.strip() == "DONE"
     assert server.asked == []
+
+
+@pytest.mark.parametrize("name", ["init_timeout", "finish_timeout"])
+def test_whoever_has_a_slow_network_may_wait(monkeypatch, name):
+    assert name in _settings(wandb).model_fields_set
+    monkeypatch.setenv(f"WANDB_{name.upper()}", "300")
+    assert name not in _settings(wandb).model_fields_set  # left to W&B, which reads the variable

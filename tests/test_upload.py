@@ -24,7 +24,10 @@ def service():
 
 
 def login(service, home):
-    return {"WANDB_BASE_URL": service.url, "WANDB_API_KEY": "5ec2e7" * 6 + "abcd",
+    """Patient: what is tested here is not how long a busy machine may take."""
+    patience = {"WANDB_HTTP_TIMEOUT": "90", "WANDB_INIT_TIMEOUT": "180",
+                "WANDB_FINISH_TIMEOUT": "240"}  # fmt: skip
+    return {**patience, "WANDB_BASE_URL": service.url, "WANDB_API_KEY": "5ec2e7" * 6 + "abcd",
             "WANDB_MODE": "online", "HOME": str(home), "USER": USER, "LOGNAME": USER}  # fmt: skip
 
 
@@ -97,11 +100,14 @@ def test_a_resumed_run_goes_on_in_its_own(service, tmp_path):
     args = (*SMOKE, "tracker.mode=online", *slow, f"paths.runs={tmp_path / 'runs'}")
     begun = [sys.executable, str(ROOT / "main.py"), *args]
     pipe = {"stderr": subprocess.PIPE, "text": True, "env": {**environment(), **env}}
+    said = []
     with subprocess.Popen(begun, **pipe) as process:
         for line in process.stderr:
+            said.append(line)
             if line.startswith("task 1/3"):
                 process.kill()
                 break
+    assert "W&B" not in "".join(said)  # it was online
     done = command(*args, env=env)
     assert done.returncode == 0, done.stderr
     assert "going on after task" in done.stderr
