@@ -31,7 +31,7 @@ CURVES = (
         ("eval/forgetting_module_drift", "eval/forgetting_routing_drift"),
     ),
     (
-        "Errors: lost by routing, lucky misroutes",
+        "Errors: lost and gained by routing",
         "share of test samples",
         ("eval/routing_loss", "eval/misroute_luck"),
     ),
@@ -39,7 +39,7 @@ CURVES = (
 #: The last values of series: title, metrics.
 BARS = (
     (
-        "Final accuracy over samples: oracle - loss + luck = routed",
+        "Final accuracy over samples: oracle - lost + gained = routed",
         (
             "eval/oracle/average_accuracy_micro",
             "eval/routing_loss",

@@ -22,10 +22,10 @@ from cl_peft.schema import constructor_model
 #: 97.5 % quantiles of Student's distribution by degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 COLUMNS = {
-    "routers": ["routed", "router", "lost by routing", "lucky", "forgetting, routed", "kB", "us"],
+    "routers": ["routed", "router", "lost by routing", "gained", "forgetting, routed", "kB", "us"],
     "learners": ["oracle", "routed", "forgetting, oracle", "forgetting, routed", "learning", "kB"],
 }
-PERCENT = {"oracle", "routed", "router", "lost by routing", "lucky", "forgetting, routed",
+PERCENT = {"oracle", "routed", "router", "lost by routing", "gained", "forgetting, routed",
            "forgetting, oracle", "learning"}  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def one(folder: Path, kind: str) -> dict[str, object] | None:
         "routed": value["average_accuracy", "routed"],
         "router": value["router_accuracy", "none"],
         "lost by routing": value["routing_loss", "none"],
-        "lucky": value["misroute_luck", "none"],
+        "gained": value["misroute_luck", "none"],
         "forgetting, oracle": value["forgetting", "oracle"],
         "forgetting, routed": value["forgetting", "routed"],
         "learning": value["learning_accuracy", "routed"],

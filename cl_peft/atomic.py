@@ -44,7 +44,10 @@ def disk_error(error: OSError, path: Path, size: int) -> UserError:
             "start the same command again (it goes on from the last finished task), or move "
             "folders with paths.runs=... and paths.cache=..."
         )
-    return UserError(f"cannot write {path}: {error.strerror}. Check the folder's permissions.")
+    return UserError(
+        f"cannot write {path}: {error.strerror}. Check the folder's permissions, or choose another "
+        "with paths.runs=... or paths.cache=..."
+    )
 
 
 def _kib(size: int) -> str:

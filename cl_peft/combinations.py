@@ -107,6 +107,17 @@ def _use_of_choice(config: Mapping[str, Any]) -> str | None:
         )
     if combines and soft:
         return f"router.combine={router['combine']} and router.mix=soft exclude each other."
+    if router.get("layers") is not None:
+        if not class_constant(router["_target_"], "needs_features"):
+            return (
+                f"router.layers={router['layers']} has no effect: router={name} looks at no frozen "
+                "features. Leave it out (null)."
+            )
+        if not router["layers"] or len(set(router["layers"])) < len(router["layers"]):
+            return (
+                f"router.layers={router['layers']}: name at least one layer, and each once, or "
+                "leave it out (null) for the last."
+            )
     if heads and not _has_validation(config["stream"]):
         return (
             "router.combine=heads chooses its weight on validation examples, and there are none. "
@@ -122,6 +133,11 @@ def _use_of_choice(config: Mapping[str, Any]) -> str | None:
             f"module={module['name']} cannot be mixed by weights, as router={name} would: its "
             "virtual tokens are there or not. Use router.mix=hard with a router that chooses, or "
             "module=lora."
+        )
+    if soft and router.get("top_k", 1) == 1:
+        return (
+            "router.mix=soft mixes the router.top_k best modules, and with router.top_k=1 the "
+            "choice is a hard one. Use router.top_k=3, or router.mix=hard."
         )
     if router.get("top_k", 1) > 1 and not (mixes or heads):
         return (

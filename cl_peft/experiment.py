@@ -20,7 +20,7 @@ from cl_peft.config import Seeds, build, run_id, split_stream
 from cl_peft.console import Console
 from cl_peft.errors import DataError
 from cl_peft.runs import RunFolder
-from cl_peft.streams.base import Stream, Task
+from cl_peft.streams.base import Stream, Task, content_id
 from cl_peft.streams.protocol import make_stream
 from cl_peft.world import World, cache_folder, downloading, task_timing
 
@@ -122,12 +122,25 @@ def load_stream(config: Mapping[str, Any], console: Console) -> Stream:
             f"{protocol.name} has no validation example. Raise stream.validation_share or "
             "stream.shots, or set trainer.patience=null."
         )
+    twice = tested_on_training(stream)
+    if twice:
+        log.warning(
+            "%d of the test examples of stream=%s are training examples as well (the same "
+            "content): accuracy is flattered by up to as many",
+            *(twice, protocol.name),
+        )
     sizes = [sum(len(getattr(t, s)) for t in stream.tasks) for s in ("train", "validation", "test")]
     console.message(
         f"stream {stream.name}: {len(stream.tasks)} tasks, {len(stream.class_names)} classes, "
         f"{sizes[0]} training, {sizes[1]} validation and {sizes[2]} test examples"
     )
     return stream
+
+
+def tested_on_training(stream: Stream) -> int:
+    """Number of test examples whose content some task trains on, whatever their label."""
+    trained = {content_id(item) for task in stream.tasks for item in task.train.inputs}
+    return sum(content_id(item) in trained for task in stream.tasks for item in task.test.inputs)
 
 
 def finish(folder: RunFolder, stream: Stream) -> None:

@@ -308,6 +308,12 @@ def explain(error: Exception) -> str:
             f"{wrong}: there is no such group.{did_you_mean(wrong, groups)}\n"
             f"  groups: {', '.join(groups)}"
         )
+    if "override must be a string or a list" in text:
+        axes = sorted({p.name for p in conf_folder().iterdir() if p.is_dir()} - {"common"})
+        return (
+            "an axis cannot be null: name one of its choices, such as router=oracle, or leave it "
+            f"out for the default.\n  axes: {', '.join(axes)}"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n  ".join(lines[:6])
 

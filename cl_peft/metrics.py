@@ -239,8 +239,9 @@ class Decomposition:
 
     A sample was routed right or wrong, and the true task's module (the oracle) answers it right or
     wrong: four counts that add up to ``n``. Two more compare the two predictions of a sample:
-    ``n_lost_by_routing`` (oracle right, routed wrong) and ``n_lucky`` (oracle wrong, routed right).
-    The identity is exact, in whole samples:
+    ``n_lost_by_routing`` (oracle right, routed wrong) and ``n_lucky`` (oracle wrong, routed right:
+    by another task's module, or where the router mixes modules or has an opinion about classes,
+    even if it found the task). The identity is exact, in whole samples:
 
     ``n_correct = n_oracle_correct - n_lost_by_routing + n_lucky``
     """

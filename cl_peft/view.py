@@ -163,7 +163,7 @@ class ResultView:
     def facts(self) -> list[tuple[str, str]]:
         """Lines ``(name, text)`` below the metrics."""
         return [
-            ("router", f"accuracy {percent(self.value('router_accuracy'))}"),
+            ("router", self.routing()),
             ("errors", self.decomposition()),
             ("drift", self.drift()),
             ("size", self.parameters()),
@@ -191,12 +191,18 @@ class ResultView:
             ),
         ]
 
+    def routing(self) -> str:
+        """Share of samples whose task is found, and what counts as one in a repeated stream."""
+        found = f"accuracy {percent(self.value('router_accuracy'))}"
+        again = int(self.config.get("stream", {}).get("repetitions") or 1) > 1
+        return f"{found}; another visit of the same classes counts as a miss" if again else found
+
     def decomposition(self) -> str:
         """Routed accuracy out of oracle accuracy, over all test samples of all seen tasks."""
         oracle, routed = (self.value("average_accuracy_micro", r) for r in ("oracle", "routed"))
         lost, luck = self.value("routing_loss"), self.value("misroute_luck")
         return (
-            f"oracle {percent(oracle)} - lost by routing {percent(lost)} + lucky misroutes "
+            f"oracle {percent(oracle)} - lost by routing {percent(lost)} + gained by it "
             f"{percent(luck)} = routed {percent(routed)}{_rounded([oracle, -lost, luck], routed)}"
         )
 

@@ -80,7 +80,7 @@ def test_specification(spec):
         "Anytime accuracy",
         "Forgetting",
         "Forgetting: module drift and routing drift",
-        "Errors: lost by routing, lucky misroutes",
+        "Errors: lost and gained by routing",
     ]
     for panel in panels(spec)[:4]:
         assert panel["config"]["xAxis"] == "task/idx"

@@ -115,7 +115,7 @@ def test_numbers_of_the_screen(tmp_path):
     oracle, routed = (view.value("average_accuracy_micro", r) for r in ("oracle", "routed"))
     lost, luck = view.value("routing_loss"), view.value("misroute_luck")
     assert (
-        f"oracle {100 * oracle:.1f} - lost by routing {100 * lost:.1f} + lucky misroutes "
+        f"oracle {100 * oracle:.1f} - lost by routing {100 * lost:.1f} + gained by it "
         f"{100 * luck:.1f} = routed {100 * routed:.1f}"
     ) in text
     drift = 100 * view.value("forgetting", "routed")
@@ -125,6 +125,15 @@ def test_numbers_of_the_screen(tmp_path):
     assert f"folder {view.folder}" in text
     assert f"figure {view.folder}/accuracy_matrix.png" in text
     assert "report.md" not in text  # not written yet
+
+
+def test_a_repeated_stream_says_what_a_miss_is(tmp_path):
+    again = config()
+    again["stream"]["repetitions"] = 2
+    view = ResultView.from_folder(write_run(tmp_path / "run", cfg=again))
+    assert "another visit of the same classes counts as a miss" in " ".join(screen(view).split())
+    once = ResultView.from_folder(write_run(tmp_path / "once"))
+    assert "visit" not in screen(once)
 
 
 def test_undefined_says_why(tmp_path):

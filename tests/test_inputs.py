@@ -60,6 +60,15 @@ def test_an_edited_file_is_refused_until_asked_for(place, tmp_path, capsys):
     run(*place)
 
 
+def test_training_examples_among_the_tests_are_told_of(place, tmp_path, capsys):
+    run(*place)
+    assert "training examples as well" not in capsys.readouterr().err
+    rows = rows_of(CLASSES, 3, "test")
+    write_csv(tmp_path / "data/test.csv", [*rows, *rows_of(CLASSES[:1], 2)])
+    run(*place, "group=leaky")
+    assert "warning: 2 of the test examples of stream=files are training" in capsys.readouterr().err
+
+
 def test_files_that_are_gone_are_said_to_be(place, tmp_path, capsys):
     run(*place)
     shutil.rmtree(tmp_path / "data")

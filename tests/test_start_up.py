@@ -98,7 +98,7 @@ def test_help_names_every_group_and_key(quick):
         (["hydra/launcher=jobib"], "there is no such hydra/launcher"),
         (["module.rank=four"], "module.rank='four': Input should be a valid integer"),
         (["module.rank=[1"], "error: "),
-        (["router=null"], "error: "),
+        (["router=null"], "error: an axis cannot be null"),
         (["group=${nowhere}"], "nowhere"),
         (["stream=files"], "Add stream.tasks=... stream.test=... stream.train=..."),
         (["router=none"], "Try router=ridge"),

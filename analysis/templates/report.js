@@ -62,7 +62,7 @@
       line("right as routed", cell[CELL.routed_right]),
       line("routed to its task", cell[CELL.route_right]),
       line("lost by routing", cell[CELL.lost]),
-      line("lucky misroutes", cell[CELL.lucky]),
+      line("gained by routing", cell[CELL.lucky]),
     ].join("\n");
   }
 
@@ -131,7 +131,7 @@
     const label = row[EXAMPLE.label];
     const oracle = row[EXAMPLE.oracle_prediction] === label, routed = row[EXAMPLE.routed_prediction] === label;
     if (oracle) return routed ? "right all the same" : "lost by routing";
-    return routed ? "lucky" : "wrong either way";
+    return routed ? "gained by routing" : "wrong either way";
   }
 
   function drawExamples(run) {

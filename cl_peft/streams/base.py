@@ -24,11 +24,13 @@ class Examples:
         inputs: One text (or image array) per example.
         labels: ``(N,)`` int64, index into :attr:`RawData.class_names`.
         domains: One domain name per example, or None where the source knows none.
+        rows: ``(N,)`` row of each example in its file, from 0, where some rows were left out.
     """
 
     inputs: Sequence[Any]
     labels: np.ndarray
     domains: Sequence[str] | None = None
+    rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -82,7 +84,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one task. ``rows`` are row numbers in the source's split: stable names."""
+    """Examples of one task. ``rows`` are rows in the source's split, from 0: stable names."""
 
     rows: np.ndarray
     inputs: list[Any] = field(repr=False)

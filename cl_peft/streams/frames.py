@@ -151,6 +151,7 @@ def to_raw_data(
             )
         log.info("stream.drop_labels: no row has the label '%s'", name)
     names = _class_names(found["train"].labels)
+    _alike(names)
     ids = {name: number for number, name in enumerate(names)}
     examples: dict[str, Examples] = {}
     for split, rows in found.items():
@@ -161,9 +162,8 @@ def to_raw_data(
                 f"{_some(unknown)}.{did_you_mean(unknown[0], names)} Add training rows for them, "
                 "or leave them out with stream.drop_labels=[...]."
             )
-        examples[split] = Examples(
-            rows.texts, np.array([ids[name] for name in rows.labels], dtype=np.int64), rows.domains
-        )
+        labels = np.array([ids[name] for name in rows.labels], dtype=np.int64)
+        examples[split] = Examples(rows.texts, labels, rows.domains, np.array(rows.numbers))
     return RawData(
         train=examples["train"],
         test=examples["test"],
@@ -180,6 +180,7 @@ class _Rows:
     labels: list[str]
     domains: list[str] | None
     seen: set[str]
+    numbers: list[int]
 
 
 def _clean(
@@ -187,7 +188,7 @@ def _clean(
 ) -> _Rows:
     """Take the chosen columns (text, label, perhaps domain), refusing or dropping empty cells."""
     columns = [table[name].tolist() for name in chosen]
-    kept = _Rows([], [], [] if len(chosen) == 3 else None, set())
+    kept = _Rows([], [], [] if len(chosen) == 3 else None, set(), [])
     empty: dict[str, list[int]] = {name: [] for name in chosen}  # rows, counted from 1
     skipped = 0
     for row, values in enumerate(zip(*columns, strict=True)):
@@ -211,6 +212,7 @@ def _clean(
                 f"{where}, row {row + 1}: column '{chosen[0]}' holds {type(values[0]).__name__} "
                 "values where texts are expected. Name the column of texts with stream.text=..."
             )
+        kept.numbers.append(row)
         kept.texts.append(values[0])
         kept.labels.append(name)
         if kept.domains is not None:
@@ -273,6 +275,18 @@ def _class_names(labels: Sequence[str]) -> tuple[str, ...]:
     if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
+
+
+def _alike(names: Sequence[str]) -> None:
+    """Warn of classes whose names differ in case and spaces alone."""
+    plain: dict[str, list[str]] = {}
+    for name in names:
+        plain.setdefault("".join(name.casefold().split()), []).append(name)
+    for group in plain.values():
+        if len(group) > 1:
+            log.warning(
+                "the labels %s are taken as different classes", " and ".join(map(repr, group))
+            )
 
 
 def _some(items: Sequence[object]) -> str:

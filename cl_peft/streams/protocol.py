@@ -339,8 +339,9 @@ def _shuffled(rows: np.ndarray, label: int, plan: _Plan, seed: list[int]) -> np.
 
 
 def _split(examples: Examples, rows: np.ndarray) -> Split:
+    names = rows if examples.rows is None else examples.rows[rows]
     return Split(
-        rows.astype(np.int64),
+        names.astype(np.int64),
         [examples.inputs[i] for i in rows],
         examples.labels[rows].astype(np.int64),
     )

@@ -323,6 +323,10 @@ def test_best_class_of_no_scores_is_refused_early():
         ("router=ridge", "router.combine=heads", "stream.validation_share=0"): "validation",
         ("router=ridge", "router.top_k=2"): "no effect",
         ("router=ridge", "router.mix=soft", "module=prompt"): "cannot be mixed",
+        ("router=ridge", "router.mix=soft"): "top_k=1 the choice is a hard one",
+        ("router=ridge", "router.layers=[]"): "at least one layer",
+        ("router=ridge", "router.layers=[1,1]"): "each once",
+        ("router=entropy", "router.layers=[1]"): "looks at no frozen features",
         ("router=uniform", "module=prefix"): "cannot be mixed",
         ("router=arrow", "module=dora"): "made for module=lora",
     }

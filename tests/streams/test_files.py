@@ -7,6 +7,7 @@ import pytest
 
 from cl_peft.errors import ConfigError, DataError
 from cl_peft.streams.files import Files
+from cl_peft.streams.protocol import Protocol, make_stream
 
 ROWS = [("hello, you", "greet"), ("None", "other"), ("10", "other"), ('say "hi"', "greet")]
 
@@ -114,6 +115,28 @@ def test_dropped_labels_leave_no_trace(csv_of):
     assert list(data.test.inputs) == ["a"]
     with pytest.raises(DataError, match=r"'oss', which no row has\. Did you mean 'oos'"):
         load(train, train, drop_labels=["oss"])
+
+
+def test_rows_are_those_of_the_file(csv_of):
+    train = csv_of("text,label\na,x\nb,oos\n\nc,y\nd,x\n")
+    data = load(train, csv_of("text,label\nq,oos\nr,x\ns,y\n"), drop_labels=["oos"])
+    assert data.train.rows.tolist() == [0, 3, 4]
+    stream = make_stream(data, Protocol(name="made", scenario="class", tasks=2), order_seed=0, data_seed=0)
+    texts = {
+        int(r): t
+        for task in stream.tasks
+        for r, t in zip(task.train.rows, task.train.inputs, strict=True)
+    }
+    assert texts == {0: "a", 3: "c", 4: "d"}
+    assert sorted(int(r) for task in stream.tasks for r in task.test.rows) == [1, 2]
+
+
+def test_labels_that_look_alike_are_told_of(csv_of, caplog):
+    load(csv_of("text,label\na,Sport\nb,news\nc,sport \n"))
+    assert "the labels 'Sport' and 'sport ' are taken as different classes" in caplog.text
+    caplog.clear()
+    load(csv_of("text,label\na,sport\nb,sports\n"))
+    assert caplog.text == ""
 
 
 def test_blank_rows_are_skipped_and_counted_in_row_numbers(csv_of):
