@@ -54,8 +54,8 @@ def one(folder: Path, kind: str) -> dict[str, object] | None:
     if kind == "learners":
         usual = constructor_model(learner["_target_"]).model_fields
         other = [f"{k}={v}" for k, v in learner.items() if k in usual and v != usual[k].default]
-        name = " ".join([learner["name"], *other])
-        name += "" if router["name"] == "none" else f", {router['name']}"
+        routed = "" if router["name"] == "none" else f", {name}"
+        name = " ".join([learner["name"], *other]) + routed
         name += "" if module["name"] in ("lora", "none") else f", {module['name']}"
         order = config["stream"].get("order")  # of the standard benchmark; 1 is the usual one
         name += f", order {order}" if isinstance(order, int) and order != 1 else ""

@@ -111,6 +111,7 @@ def test_a_resumed_run_goes_on_in_its_own(service, tmp_path):
     done = command(*args, env=env)
     assert done.returncode == 0, done.stderr
     assert "going on after task" in done.stderr
+    assert "W&B" not in done.stderr
     (folder,) = (tmp_path / "runs/smoke").glob("lora-*")
     (run,) = service.runs.values()
     assert run["resumed"] == 1
