@@ -62,7 +62,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
             learned = time.perf_counter()
             world.fit_router(task)
             fitted = time.perf_counter()
-            results = world.evaluator.after(task, world.costs())
+            results = world.evaluator.after(task, world.costs(task))
             evaluated = time.perf_counter()
             timing = {
                 "task": task.index + 1,

@@ -193,6 +193,8 @@ def _results(run, predictions, earlier) -> pd.DataFrame:
     add(None, "none", "head_parameters", 1540)
     add(None, "none", "module_bytes", 1_775_632)
     add(None, "none", "router_state_bytes", 8_064_000)
+    add(None, "none", "learner_state_bytes", 0)
+    add(None, "none", "stored_bytes", after * 1_775_632 + 8_064_000)
     add(None, "none", "bank_modules", after)
     columns = ["run", "after_task", "eval_task", "routing", "metric", "value"]
     table = pd.DataFrame(rows, columns=columns)

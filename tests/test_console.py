@@ -120,7 +120,8 @@ def test_numbers_of_the_screen(tmp_path):
     ) in text
     drift = 100 * view.value("forgetting", "routed")
     assert f"routed forgetting {drift:.1f} = module drift 0.0 + routing drift {drift:.1f}" in text
-    assert "442,368 module + 1,540 head parameters, 1.8 MB; router 8.1 MB" in text
+    assert "size per task 442,368 module + 1,540 head parameters" in text
+    assert "stored 16.9 MB: modules and heads 8.9 MB, router 8.1 MB" in text
     assert "learn 86.2 s, route 2.5 s, evaluate 10.0 s; in total 2 min 03 s" in text
     assert f"folder {view.folder}" in text
     assert f"figure {view.folder}/accuracy_matrix.png" in text
