@@ -62,22 +62,31 @@ def sweep_status(folder: Path) -> pd.DataFrame:
 def differences(configs: list[dict[str, Any]]) -> list[str]:
     """Name each configuration by the settings in which they differ: ``learner=joint seed.init=1``.
 
-    Where an axis differs in its name, its other keys follow from it and are left out. A key that a
-    configuration does not have (a refused one was never completed) says nothing about it.
+    Where an axis differs in its name, the name is shown; another key of that axis only where
+    configurations with the same name differ in it, since the rest follows from the name. A key that
+    a configuration does not have (a refused one was never completed) says nothing about it.
     """
     flat = [{k: v for k, v in flatten(c) if k.split(".")[0] in SETTINGS} for c in configs]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    differ = [key for key in keys if len({repr(one[key]) for one in flat if key in one}) > 1]
-    named = {key.removesuffix(".name") for key in differ if key.endswith(".name")}
-    shown = [
-        key
-        for key in differ
-        if not key.endswith("._target_")
-        and (key.endswith(".name") or key.split(".")[0] not in named)
-    ]
-    return [
-        " ".join(f"{k.removesuffix('.name')}={one[k]}" for k in shown if k in one) for one in flat
-    ]
+    found = dict.fromkeys(key for one in flat for key in one if not key.endswith("._target_"))
+    axes = list(dict.fromkeys(key.split(".")[0] for key in found))
+    keys = sorted(found, key=lambda key: axes.index(key.split(".")[0]))
+    values: dict[tuple[str, str], set[str]] = {}  # of a key, where its axis has a certain name
+    for one in flat:
+        for key in keys:
+            if key in one:
+                values.setdefault((key, _name(one, key)), set()).add(repr(one[key]))
+
+    def settings(one: dict[str, Any]) -> str:
+        differ = (k for k in keys if k in one and len(values[k, _name(one, k)]) > 1)
+        return " ".join(f"{key.removesuffix('.name')}={one[key]}" for key in differ)
+
+    return [settings(one) for one in flat]
+
+
+def _name(flat: dict[str, Any], key: str) -> str:
+    """Name of a key's axis in a flat configuration; a name itself is compared among all."""
+    axis = key.split(".")[0]
+    return "" if key == f"{axis}.name" else str(flat.get(f"{axis}.name", ""))
 
 
 def _headline(error: str | None) -> str:

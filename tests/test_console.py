@@ -11,7 +11,7 @@ from fake_run import config, write_run
 
 from cl_peft.console import Console, ResultView
 from cl_peft.errors import DamagedRunError
-from cl_peft.group import differences, sweep_status
+from cl_peft.group import sweep_status
 from cl_peft.view import duration, percent, size
 
 
@@ -314,15 +314,6 @@ def test_status_screen(group):
         "is",
         "nan",
     ]
-
-
-def test_differences():
-    one, other = config(), config(seed__data=3, trainer__epochs=5)
-    assert differences([one, other]) == [
-        "trainer.epochs=3 seed.data=0",
-        "trainer.epochs=5 seed.data=3",
-    ]
-    assert differences([one, one]) == ["", ""]
 
 
 def test_screen_needs_no_torch(tmp_path):
