@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import filelock
 import pandas as pd
@@ -155,6 +156,60 @@ def test_watch_from_the_command_line(group, capsys):
     out = capsys.readouterr().out
     assert out.count("5 runs in") == 1  # no terminal: the last table only
     assert out.isascii()
+
+
+# ---------------------------------------------------------------- warnings
+
+UNFINISHED = (
+    "warning: 3 of 5 runs are not finished and not in tables and figures of results: "
+    "failed (failed), killed (interrupted), refused (refused)"
+)
+
+
+def warned(arguments, capsys):
+    """Lines of stderr, all of which are warnings."""
+    assert main([str(argument) for argument in arguments]) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines), captured.err
+    assert "warning" not in captured.out
+    assert ".py" not in captured.err
+    assert len(set(lines)) == len(lines)
+    return lines
+
+
+@pytest.mark.parametrize("command", ["table", "figures", "report"])
+def test_what_is_left_out_is_said_in_plain_lines(command, group, tmp_path, capsys):
+    output = ("-o", tmp_path / "figures") if command == "figures" else ()
+    assert warned([command, group, *output], capsys) == [UNFINISHED]
+    for name in ("damaged-0", "damaged-1"):
+        write_run(group / name, tasks=3, cfg=config())
+        (group / name / "results.parquet").write_bytes(b"no")
+    lines = warned([command, group, *output], capsys)
+    assert lines[-1] == UNFINISHED.replace("of 5", "of 7")
+    for name, line in zip(("damaged-0", "damaged-1"), lines, strict=False):
+        assert line.startswith(f"warning: skipped a damaged run: {name}/results.parquet")
+    assert len(lines) == 3
+
+
+def test_too_few_runs_are_said(group, capsys):
+    write_run(group / "other", tasks=3, cfg=config(router__name="prototype"))
+    write_run(group / "another", tasks=3, cfg=config(router__name="prototype", seed__init=1))
+    for form in ("markdown", "csv"):
+        *_, last = warned(["table", group, "--format", form], capsys)
+        assert last == (
+            "warning: too few runs: the smallest p that 2 pairs can give is 0.5, 0.5 after "
+            "correction, so nothing here can be significant"
+        )
+
+
+def test_a_comparison_warns_plainly(group, monkeypatch, capsys):
+    def load_stream(path):
+        warnings.warn("odd", stacklevel=2)
+        return {}
+
+    monkeypatch.setattr("analysis.compare.load_stream", load_stream)
+    assert warned(["compare", group / "ridge-0", group / "ridge-1"], capsys) == ["warning: odd"]
 
 
 # ---------------------------------------------------------------- report and compare
