@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_peft.errors import DamagedRunError
-from cl_peft.view import ResultView, flatten
+from cl_peft.view import ResultView, flatten, read_config
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: What tells runs apart.
 SETTINGS = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer", "seed")
+#: Any of these makes a folder a run's.
+MARKERS = ("status.json", "config.yaml", "manifest.json", "run.log", ".lock")
+#: What files raise that can be read and hold something else than a run writes.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 STATUS_COLUMNS = [
     *("run", "settings", "state", "tasks_done", "tasks", "seconds"),
     *("routed_average_accuracy", "error"),
@@ -29,19 +33,24 @@ def sweep_status(folder: Path) -> pd.DataFrame:
     Returns:
         Columns ``run``, ``settings`` (what differs between these runs), ``state``, ``tasks_done``,
         ``tasks``, ``seconds``, ``routed_average_accuracy`` (NaN unless finished), ``error`` (in one
-        line). A folder that cannot be read has state ``damaged`` and says why.
+        line). A folder that cannot be read has state ``damaged``, and one whose run wrote no status
+        ``unknown``; both say why.
     """
     import pandas as pd
 
     rows, configs = [], []
-    for path in sorted(p for p in folder.glob("*") if (p / "status.json").exists()):
+    for path in sorted(filter(_is_run, folder.glob("*"))):
         try:
             view = ResultView.from_folder(path)
             state, error, config = view.state, view.error, view.config
             done, tasks, seconds = view.done, view.tasks, view.total_seconds
             accuracy = view.value("average_accuracy", "routed")
-        except DamagedRunError as damage:
-            state, error, config = "damaged", str(damage), {}
+            if state == "unknown":
+                error = error or f"{path / 'status.json'}: missing, or names no state"
+        except (DamagedRunError, *MALFORMED) as damage:
+            known = isinstance(damage, DamagedRunError)
+            state, config = "damaged", _config(path)
+            error = str(damage) if known else f"{path}: not as a run writes it ({damage!r})"
             done, tasks, seconds, accuracy = 0, 0, math.nan, math.nan
         configs.append(config)
         rows.append(
@@ -89,7 +98,20 @@ def _name(flat: dict[str, Any], key: str) -> str:
     return "" if key == f"{axis}.name" else str(flat.get(f"{axis}.name", ""))
 
 
+def _is_run(path: Path) -> bool:
+    """Whether a run was here, if only for a moment: other folders and hidden ones are none."""
+    return not path.name.startswith(".") and any((path / name).exists() for name in MARKERS)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The configuration of a damaged run, if that much can be read."""
+    try:
+        return read_config(path / "config.yaml")
+    except DamagedRunError:
+        return {}
+
+
 def _headline(error: str | None) -> str:
     """The line that says what happened: the first, or a traceback's last."""
-    lines = (error or "").strip().splitlines() or [""]
+    lines = str(error or "").strip().splitlines() or [""]
     return lines[-1 if lines[0].startswith("Traceback") else 0]

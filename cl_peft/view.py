@@ -27,7 +27,7 @@ class ResultView:
     Attributes:
         folder: The run folder.
         state: ``finished``, ``running``, ``interrupted`` (killed), ``failed``, ``refused``, or
-            ``unknown`` without a status.
+            ``unknown`` without a status (``running`` where a process is in the folder).
         error: What stopped the run, or None.
         tasks: Number of tasks of the stream (0 where the run stopped before it knew).
         done: Number of tasks whose results are stored.
@@ -60,6 +60,8 @@ class ResultView:
         state = str(status.get("state", "unknown"))
         if state == "running" and not is_held(folder):
             state = "interrupted"
+        if state == "unknown" and is_held(folder):  # it has just begun
+            state = "running"
         if state == "finished":
             results = read_parquet(folder / "results.parquet")
             timing = read_json(folder / "timing.json")

@@ -287,8 +287,8 @@ def test_sweep_status(group):
     assert np.isnan(status.loc["b", "routed_average_accuracy"])  # not comparable yet
     assert status.loc["b", "error"] == "DivergedError: loss is nan"
     assert "results.parquet" in status.loc["c", "error"]
-    assert status.loc["a", "settings"] == "module.rank=8 learner=isolated"
-    assert status.loc["b", "settings"] == "module.rank=4 learner=joint"
+    assert status.loc["a", "settings"] == "module.rank=8 learner=isolated seed.init=0"
+    assert status.loc["b", "settings"] == "module.rank=4 learner=joint seed.init=0"
 
 
 def test_empty_group(tmp_path):
@@ -302,7 +302,7 @@ def test_status_screen(group):
     text = out.getvalue()
     assert text.isascii()
     (line,) = [line for line in text.splitlines() if "joint" in line]
-    assert line.split()[2:] == [
+    assert line.split()[3:] == [
         "failed",
         "2/5",
         "2",
