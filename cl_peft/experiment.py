@@ -41,6 +41,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     Raises:
         UserError: Something the user can fix; the folder can be resumed.
     """
+    folder.claim(config)
     stream = load_stream(config, console)
     if not folder.done:
         folder.begin(config, describe(stream))
