@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -277,15 +278,18 @@ def _notes(
         smallest = tested["smallest_p"].min()
         family = tested.groupby("metric").size().min()
         against = f"{reference}" if reference else "the best"
-        text = (
-            f"†: differs from {against} (paired permutation test, Holm over {family} comparisons, "
-            f"{alpha:g}). The smallest p that {_range(sorted(set(tested['n'].astype(int))))} pairs "
-            f"can give is {smallest:.2g}"
+        least = (
+            f"the smallest p that {_range(sorted(set(tested['n'].astype(int))))} pairs can give is "
+            f"{smallest:.2g}"
         )
         corrected = min(1.0, smallest * family)
         if corrected >= alpha:
-            text += f", {corrected:.2g} after correction, so nothing here can be significant"
-        notes.append(text + ".")
+            least += f", {corrected:.2g} after correction, so nothing here can be significant"
+            warnings.warn(f"too few runs: {least}", stacklevel=3)
+        notes.append(
+            f"†: differs from {against} (paired permutation test, Holm over {family} comparisons, "
+            f"{alpha:g}). {least.capitalize()}."
+        )
     return notes
 
 

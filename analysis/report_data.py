@@ -31,6 +31,8 @@ EXAMPLE = (
 )
 #: Numbers of a cell in the page's data: samples, then how many of them were ...
 CELL = ("n", "oracle_right", "routed_right", "route_right", "lost", "lucky")
+#: Unfinished runs that a warning names.
+NAMED = 5
 SEED_KEYS = ("seed.order", "seed.init", "seed.data")
 #: What provenance.json says twice or says of a single run.
 _NOT_PROVENANCE = ("run", "seeds", "sessions")
@@ -63,14 +65,15 @@ class Sweep:
         return self.frame[self.frame["state"] == "finished"]
 
     def problem(self, error: object) -> None:
-        """Note something that the page has to leave out; places are given below the folder."""
+        """Note, and warn of, what has to be left out; places are given below the folder."""
         text = str(error).replace(f"{self.root}/", "").strip()
         if text not in self.problems:
             self.problems.append(text)
+            warnings.warn(text, stacklevel=3)
 
 
 def gather(folder: str | Path) -> Sweep:
-    """Read the runs of a sweep.
+    """Read the runs of a sweep; warns of those that were skipped and of unfinished ones.
 
     Raises:
         DataError: There is no such folder, or no run in it.
@@ -80,7 +83,7 @@ def gather(folder: str | Path) -> Sweep:
         warnings.simplefilter("always", UserWarning)
         table = load_run_table(root)
         frame = load_runs(root, config="varying")
-    told = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    told = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if table.empty:
         raise DataError(
             f"There is no run to report in {root}. " + " ".join(told) + "\n"
@@ -94,6 +97,16 @@ def gather(folder: str | Path) -> Sweep:
                   varying_keys(table), [])  # fmt: skip
     for text in told:
         sweep.problem(text)
+    unfinished = sweep.table[sweep.table["state"] != "finished"]
+    if len(unfinished):
+        named = [f"{run} ({state})" for run, state in zip(unfinished["run"], unfinished["state"],
+                                                          strict=True)]  # fmt: skip
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        warnings.warn(
+            f"{len(named)} of {len(table)} runs are not finished and not in tables and figures of "
+            f"results: {', '.join(named[:NAMED])}{more}",
+            stacklevel=2,
+        )
     return sweep
 
 

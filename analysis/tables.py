@@ -250,11 +250,13 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The describing columns, tasks, and: trainable_parameters (module and head of one task, the
-        most of all tasks), stored_parameters (all modules and heads; a learner with a single module
-        keeps the last one only), router_parameters (the router's state in units of 4 bytes).
+        most of all tasks), stored_parameters (modules, heads and learner state, in units of 4
+        bytes; of runs that did not count them, all modules and heads), router_parameters (the
+        router's state in units of 4 bytes).
     """
     about = describing_columns(frame)
     names = ["module_parameters", "head_parameters", "router_state_bytes", "bank_modules"]
+    names.append("stored_bytes")
     rows = frame[frame["eval_task"].isna() & frame["metric"].isin(names)]
     wide = rows.pivot(index=["group", "run", "after_task"], columns="metric", values="value")
     wide = wide.reindex(columns=names).reset_index().sort_values("after_task")
@@ -265,6 +267,8 @@ def costs(frame: pd.DataFrame) -> pd.DataFrame:
         single = len(part) > 1 and part["bank_modules"].iloc[-1] == 1
         stored = own.iloc[-1] if single and len(own) else own.sum(min_count=1)
         router = part["router_state_bytes"].iloc[-1] / 4
+        counted = part["stored_bytes"].iloc[-1] / 4 - router
+        stored = stored if pd.isna(counted) else counted
         found.append((group, run, int(part["after_task"].iloc[-1]), own.max(), stored, router))
     columns = ["trainable_parameters", "stored_parameters", "router_parameters"]
     table = pd.DataFrame(found, columns=["group", "run", "tasks", *columns])

@@ -74,7 +74,7 @@ class Ours:
         for part in (world.learn, world.fit_router):
             part(task)
             marks.append(clock())
-        results = world.evaluator.after(task, world.costs())
+        results = world.evaluator.after(task, world.costs(task))
         marks.append(clock())
         for name, (a, b) in zip(PARTS, pairwise(marks), strict=True):
             out.seconds[name] += b - a

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +25,29 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns 0, or 2 with a message when something is wrong."""
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with _plain_warnings():
+        try:
+            return int(options.run(options))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show what is warned of as a line on stderr, each text once, without the code's place."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *place: object, **more: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            print(f"warning: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -41,7 +41,8 @@ __all__ = ["Bar", "Console", "ResultView", "group_view", "sweep_status"]
 PLAIN_WIDTH = 100
 #: A longer matrix shows its first and last rows.
 MAX_ROWS = 20
-STATE_STYLES = {"failed": "red", "damaged": "red", "refused": "red", "running": "yellow"}
+STATE_STYLES = {"failed": "red", "damaged": "red", "refused": "red", "running": "yellow",
+                "unknown": "red"}  # fmt: skip
 RESULT_AXES = ("stream", "module", "router", "learner")
 MATRICES = ("oracle", "routed")
 LEGEND = "oracle: each sample's true task is given; routed: the router chooses it"

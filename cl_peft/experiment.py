@@ -41,6 +41,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
     Raises:
         UserError: Something the user can fix; the folder can be resumed.
     """
+    folder.claim(config)
     stream = load_stream(config, console)
     if not folder.done:
         folder.begin(config, describe(stream))
@@ -62,7 +63,7 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
             learned = time.perf_counter()
             world.fit_router(task)
             fitted = time.perf_counter()
-            results = world.evaluator.after(task, world.costs())
+            results = world.evaluator.after(task, world.costs(task))
             evaluated = time.perf_counter()
             timing = {
                 "task": task.index + 1,

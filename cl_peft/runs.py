@@ -168,10 +168,19 @@ class RunFolder:
 
     # ------------------------------------------------------------------ writing
 
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Say what is about to run here, before anything that may fail; needs the lock.
+
+        A configuration that is there already stays: that of a run which began, or that of an
+        earlier attempt, which :meth:`begin` replaces.
+        """
+        if not (self.path / "config.yaml").exists():
+            write_atomic(self.path / "config.yaml", _yaml(config))
+
     def begin(self, config: Mapping[str, Any], stream: Mapping[str, Any]) -> None:
         """Write what never changes: the configuration and the stream's description."""
         fixed = {
-            "config.yaml": yaml.safe_dump(dict(config), sort_keys=False).encode(),
+            "config.yaml": _yaml(config),
             "stream.json": _json(stream),
         }
         for name, data in fixed.items():
@@ -181,7 +190,7 @@ class RunFolder:
 
     def published(self, config: Mapping[str, Any]) -> dict[str, bytes]:
         """``config.yaml`` and ``manifest.json`` of a copy that has another configuration."""
-        data = yaml.safe_dump(dict(config), sort_keys=False).encode()
+        data = _yaml(config)
         fixed = {**self._manifest["fixed"], "config.yaml": _entry(data)}
         return {"config.yaml": data, "manifest.json": _json({**self._manifest, "fixed": fixed})}
 
@@ -408,6 +417,10 @@ def _session(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _entry(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+
+
+def _yaml(config: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(dict(config), sort_keys=False).encode()
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

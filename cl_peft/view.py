@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_peft.errors import DamagedRunError
+from cl_peft.errors import ConfigError, DamagedRunError
 from cl_peft.runs import is_held
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class ResultView:
     Attributes:
         folder: The run folder.
         state: ``finished``, ``running``, ``interrupted`` (killed), ``failed``, ``refused``, or
-            ``unknown`` without a status.
+            ``unknown`` without a status (``running`` where a process is in the folder).
         error: What stopped the run, or None.
         tasks: Number of tasks of the stream (0 where the run stopped before it knew).
         done: Number of tasks whose results are stored.
@@ -60,6 +60,8 @@ class ResultView:
         state = str(status.get("state", "unknown"))
         if state == "running" and not is_held(folder):
             state = "interrupted"
+        if state == "unknown" and is_held(folder):  # it has just begun
+            state = "running"
         if state == "finished":
             results = read_parquet(folder / "results.parquet")
             timing = read_json(folder / "timing.json")
@@ -167,6 +169,7 @@ class ResultView:
             ("errors", self.decomposition()),
             ("drift", self.drift()),
             ("size", self.parameters()),
+            ("stored", self.stored()),
             ("time", self.time()),
             *self.passed(),
             *self.bounds(),
@@ -218,23 +221,45 @@ class ResultView:
         )
 
     def parameters(self) -> str:
-        """Parameters and bytes that a task adds, and what the router keeps."""
+        """Parameters that a task adds, or that all tasks share: ``per task`` or ``in all``."""
 
-        def over_tasks(metric: str, show: Callable[[float], str]) -> str:
+        def count(metric: str, grows: bool) -> str:
             values = [self.value(metric, after_task=t + 1) for t in range(self.done)]
-            defined = sorted({v for v in values if not math.isnan(v)})
-            if not defined:
-                return "n/a"
-            ends = [show(defined[0]), show(defined[-1])]
-            return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+            known = [v for v in values if not math.isnan(v)]
+            ends = sorted({min(known), max(known)} if grows else {known[-1]}) if known else []
+            return " to ".join(f"{v:,.0f}" for v in ends) or "n/a"
 
-        count = "{:,.0f}".format
-        shared = self.done > 1 and self.value("bank_modules") == 1
-        return (
-            f"{'in all' if shared else 'per task'} {over_tasks('module_parameters', count)} "
-            f"module + {over_tasks('head_parameters', count)} head parameters, "
-            f"{over_tasks('module_bytes', size)}; router {size(self.value('router_state_bytes'))}"
+        grow = self._grows()
+        modules, heads = ("per task" if g else "in all" for g in grow)
+        module, head = map(count, ("module_parameters", "head_parameters"), grow)
+        if modules == heads:
+            return f"{modules} {module} module + {head} head parameters"
+        return f"{modules} {module} module parameters, {heads} {head} head parameters"
+
+    def _grows(self) -> tuple[bool, bool]:
+        """Whether every task brings a module of its own, and a head of its own."""
+        from cl_peft.schema import class_constant
+
+        target = str(self.config.get("learner", {}).get("_target_"))
+        try:
+            every = class_constant(target, "keeps") == "all"
+            return every, every and class_constant(target, "uses_router")
+        except ConfigError:  # written by another version
+            return True, True
+
+    def stored(self) -> str:
+        """Bytes of all that is kept, and of its parts; a run of an older version lacks the sum."""
+        total, state, router = (
+            self.value(f"{name}_bytes") for name in ("stored", "learner_state", "router_state")
         )
+        parts = {
+            "modules and heads": total - state - router,
+            "learner state": state,
+            "router": router,
+        }
+        shown = [f"{name} {size(value)}" for name, value in parts.items() if value > 0]
+        known = "" if math.isnan(total) else f"{size(total)}: "
+        return f"{known}{', '.join(shown)}" or "n/a"
 
     def time(self) -> str:
         """Time by what it was spent on."""

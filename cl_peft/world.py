@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cl_peft.learners.base import Learner
 from cl_peft.memo import Memo, Questions
 from cl_peft.routers.base import Router
 from cl_peft.runs import RunFolder
+from cl_peft.sizes import Sizes
 from cl_peft.store import ContentStore
 from cl_peft.streams.base import Progress, Split, Stream, Task, content_id
 from cl_peft.tracking import Tracker
@@ -44,6 +45,7 @@ class World:
     router: Router
     learner: Learner
     evaluator: Evaluator
+    sizes: Sizes = field(default_factory=Sizes)
 
     @staticmethod
     def build(config: Mapping[str, Any], stream: Stream, console: Console) -> World:
@@ -161,7 +163,10 @@ class World:
         if not folder.done:
             return
         seen = self.stream.tasks[: folder.done]
-        loading.Stored.read(folder, self.learner.keeps).put(self.learner, self.router, seen)
+        stored = loading.Stored.read(folder, self.learner.keeps)
+        stored.put(self.learner, self.router, seen)
+        for index, unit in stored.units.items():
+            self.sizes.note(index, unit)
         results = [
             pd.read_parquet(folder.read(f"tasks/{t.index + 1:03d}/results.parquet")) for t in seen
         ]
@@ -212,20 +217,9 @@ class World:
             if tensors
         }
 
-    def costs(self) -> dict[str, float]:
-        """What the task just learned added, and what the router keeps."""
-        tensors = self.learner.snapshot()
-        head = sum(t.numel() for n, t in tensors.items() if n in ("head.weight", "head.bias"))
-        own = [t for n, t in tensors.items() if not n.startswith("head.")]
-        state = self.router.state_bytes() if self.learner.uses_router else 0
-        return {
-            "module_parameters": float(sum(t.numel() for t in own)),
-            "head_parameters": float(head),
-            "learner_state_bytes": float(_bytes(self.learner.state().values())),
-            "module_bytes": float(_bytes(own)),
-            "router_state_bytes": float(state),
-            "bank_modules": float(self.learner.tools.bank.count),
-        }
+    def costs(self, task: Task) -> dict[str, float]:
+        """What the task just learned added, and what is kept; see :class:`~cl_peft.sizes.Sizes`."""
+        return self.sizes.after(task, self.learner, self.router)
 
     def choosing(self) -> dict[str, float]:
         """Microseconds per sample that the router took in this evaluation, features given."""
@@ -297,10 +291,6 @@ def task_timing(folder: RunFolder, task: int) -> dict[str, Any]:
     """Times of a finished task."""
     path = folder.read(f"tasks/{task + 1:03d}/timing.json")
     return dict(json.loads(path.read_text()))
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _content(split: Split) -> str:

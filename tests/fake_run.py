@@ -14,6 +14,10 @@ SAMPLES = 50  # test samples per task
 TABLES = ("results.parquet", "predictions.parquet")
 
 
+#: The error of a run that failed.
+TRACE = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: no [bold]such thing'
+
+
 def config(**changes) -> dict:
     """A configuration; ``changes`` by dotted key, with ``__`` for the dot."""
     base = {
@@ -193,10 +197,23 @@ def _results(run, predictions, earlier) -> pd.DataFrame:
     add(None, "none", "head_parameters", 1540)
     add(None, "none", "module_bytes", 1_775_632)
     add(None, "none", "router_state_bytes", 8_064_000)
+    add(None, "none", "learner_state_bytes", 0)
+    add(None, "none", "stored_bytes", after * 1_775_632 + 8_064_000)
     add(None, "none", "bank_modules", after)
     columns = ["run", "after_task", "eval_task", "routing", "metric", "value"]
     table = pd.DataFrame(rows, columns=columns)
     return table.astype({"after_task": "int32", "eval_task": "Int32", "value": "float64"})
+
+
+def write_group(root: Path) -> Path:
+    """Two finished runs, one that failed, one that was killed, one that was refused."""
+    for seed in (0, 1):
+        write_run(root / f"ridge-{seed}", tasks=3, seed=seed, cfg=config(seed__init=seed))
+    sequential = config(learner__name="sequential")
+    write_run(root / "failed", 3, 1, state="failed", error=TRACE, cfg=sequential)
+    write_run(root / "killed", 3, 2, state="running", cfg=config(module__rank=4))
+    write_run(root / "refused", 3, 0, state="refused", error="module.rank: must be above 0")
+    return root
 
 
 def write_sweep(root: Path, runs: int, tasks=10, group="sweep") -> list[Path]:

@@ -1,160 +1,79 @@
-"""cl-peft on many runs: report, compare, status and its live table."""
+"""cl-peft on many runs: report, compare, table, figures, and what they warn of."""
 
 import io
 import json
 import shutil
 import subprocess
 import sys
+import warnings
 
-import filelock
 import pandas as pd
 import pytest
-from fake_run import config, write_run
-from rich.console import Console
+from fake_run import config, write_group, write_run
 
 import analysis
 from analysis import figures
 from analysis.report_figures import Plan
 from cl_peft.cli import main
-from cl_peft.commands import status as status_table
-
-TRACE = 'Traceback (most recent call last):\n  File "x.py", line 1\nValueError: no [bold]such thing'
 
 
 @pytest.fixture
 def group(tmp_path):
-    """Two finished runs, one that failed, one that was killed, one that was refused."""
-    root = tmp_path / "runs" / "group"
-    for seed in (0, 1):
-        write_run(root / f"ridge-{seed}", tasks=3, seed=seed, cfg=config(seed__init=seed))
-    write_run(
-        *(root / "failed", 3, 1),
-        state="failed",
-        error=TRACE,
-        cfg=config(learner__name="sequential"),
-    )
-    write_run(root / "killed", 3, 2, state="running", cfg=config(module__rank=4))
-    write_run(root / "refused", 3, 0, state="refused", error="module.rank: must be above 0")
-    return root
+    return write_group(tmp_path / "runs" / "group")
 
 
-def set_state(run, state):
-    path = run / "status.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "state": state}))
+# ---------------------------------------------------------------- warnings
+
+UNFINISHED = (
+    "warning: 3 of 5 runs are not finished and not in tables and figures of results: "
+    "failed (failed), killed (interrupted), refused (refused)"
+)
 
 
-# ---------------------------------------------------------------- status
+def warned(arguments, capsys):
+    """Lines of stderr, all of which are warnings."""
+    assert main([str(argument) for argument in arguments]) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines), captured.err
+    assert "warning" not in captured.out
+    assert ".py" not in captured.err
+    assert len(set(lines)) == len(lines)
+    return lines
 
 
-def test_status_tells_of_every_run(group, capsys):
-    assert main(["status", str(group)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"5 runs in {group}: ")
-    assert set(lines[0].split(": ")[1].split(", ")) == {
-        *("2 finished", "1 failed", "1 interrupted", "1 refused")
-    }
-    text = "\n".join(lines)
-    for words in (
-        ("failed", "learner=sequential", "failed", "1/3", "2 min 03 s", "ValueError: no [bold]"),
-        ("killed", "module.rank=4", "interrupted", "2/3", "2 min 03 s"),
-        ("refused", "refused", "0/3", "module.rank: must be above 0"),
-        ("ridge-1", "seed.init=1", "finished", "3/3"),
-    ):
-        row = next(line for line in lines[1:] if line.startswith(words[0]))
-        assert all(word in row for word in words), row
-    assert "Traceback" not in text
-    routed = pd.read_parquet(group / "ridge-1" / "results.parquet").query(
-        "after_task == 3 and eval_task.isna() and metric == 'average_accuracy' "
-        "and routing == 'routed'"
-    )["value"].item()  # fmt: skip
-    row = next(line for line in lines if line.startswith("ridge-1"))
-    assert row.split()[-1] == f"{100 * routed:.1f}"
+@pytest.mark.parametrize("command", ["table", "figures", "report"])
+def test_what_is_left_out_is_said_in_plain_lines(command, group, tmp_path, capsys):
+    output = ("-o", tmp_path / "figures") if command == "figures" else ()
+    assert warned([command, group, *output], capsys) == [UNFINISHED]
+    for name in ("damaged-0", "damaged-1"):
+        write_run(group / name, tasks=3, cfg=config())
+        (group / name / "results.parquet").write_bytes(b"no")
+    lines = warned([command, group, *output], capsys)
+    assert lines[-1] == UNFINISHED.replace("of 5", "of 7")
+    for name, line in zip(("damaged-0", "damaged-1"), lines, strict=False):
+        assert line.startswith(f"warning: skipped a damaged run: {name}/results.parquet")
+    assert len(lines) == 3
 
 
-@pytest.mark.parametrize(("left", "code"), [(["ridge-0", "ridge-1"], 0), (["killed"], 1), ([], 1)])
-def test_exit_code_for_scripts(group, left, code):
-    for run in group.iterdir():
-        if run.name not in left:
-            shutil.rmtree(run)
-    assert main(["status", str(group)]) == code
+def test_too_few_runs_are_said(group, capsys):
+    write_run(group / "other", tasks=3, cfg=config(router__name="prototype"))
+    write_run(group / "another", tasks=3, cfg=config(router__name="prototype", seed__init=1))
+    for form in ("markdown", "csv"):
+        *_, last = warned(["table", group, "--format", form], capsys)
+        assert last == (
+            "warning: too few runs: the smallest p that 2 pairs can give is 0.5, 0.5 after "
+            "correction, so nothing here can be significant"
+        )
 
 
-def watched(group, **options):
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=160, color_system=None)
-    table = status_table.watch(group, every=0.02, console=console, **options)
-    return table, out.getvalue()
+def test_a_comparison_warns_plainly(group, monkeypatch, capsys):
+    def load_stream(path):
+        warnings.warn("odd", stacklevel=2)
+        return {}
 
-
-def test_watch_ends_when_nothing_runs(group):
-    table, text = watched(group, patience=0)
-    assert sorted(table["state"]) == ["failed", "finished", "finished", "interrupted", "refused"]
-    assert "5 runs in" in text
-
-
-def test_watch_follows_a_run_until_it_ends(group):
-    run = group / "killed"
-    looks = []
-    original = status_table.sweep_status
-
-    def look(folder):
-        if len(looks) == 3:
-            set_state(run, "failed")
-        looks.append(original(folder))
-        return looks[-1]
-
-    with filelock.FileLock(run / ".lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(status_table, "sweep_status", look)
-        table, text = watched(group, patience=0)
-    assert len(looks) == 4
-    assert (looks[2]["state"] == "running").sum() == 1
-    assert (table["state"] == "failed").sum() == 2
-    assert "1 running" in text
-    assert "2 failed" in text
-
-
-def test_watch_waits_between_two_jobs(group):
-    """A sweep's next job may start a moment after the last one ended."""
-    looks = []
-    original = status_table.sweep_status
-
-    def look(folder):
-        looks.append(original(folder))
-        return looks[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(status_table, "sweep_status", look)
-        watched(group, patience=0.5)
-    assert len(looks) >= 3
-
-
-def test_watch_can_be_left(group, monkeypatch):
-    def interrupt(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(status_table.time, "sleep", interrupt)
-    table, _ = watched(group, patience=60)
-    assert len(table) == 5
-
-
-def test_watch_looks_less_often_where_a_look_takes_long(group, monkeypatch):
-    slept, clock = [], iter([0.0, 3.0, 3.0, 100.0])
-
-    def sleep(seconds):
-        slept.append(seconds)
-
-    monkeypatch.setattr(status_table.time, "sleep", sleep)
-    monkeypatch.setattr(status_table.time, "monotonic", lambda: next(clock, 100.0))
-    watched(group, patience=10)
-    assert slept[0] == pytest.approx(12)  # a look of 3 s, so a fifth of the time
-
-
-def test_watch_from_the_command_line(group, capsys):
-    arguments = ["status", str(group), "--watch", "--every", "0", "--patience", "0"]
-    assert main(arguments) == 1
-    out = capsys.readouterr().out
-    assert out.count("5 runs in") == 1  # no terminal: the last table only
-    assert out.isascii()
+    monkeypatch.setattr("analysis.compare.load_stream", load_stream)
+    assert warned(["compare", group / "ridge-0", group / "ridge-1"], capsys) == ["warning: odd"]
 
 
 # ---------------------------------------------------------------- report and compare

@@ -11,7 +11,7 @@ from fake_run import config, write_run
 
 from cl_peft.console import Console, ResultView
 from cl_peft.errors import DamagedRunError
-from cl_peft.group import differences, sweep_status
+from cl_peft.group import sweep_status
 from cl_peft.view import duration, percent, size
 
 
@@ -120,7 +120,8 @@ def test_numbers_of_the_screen(tmp_path):
     ) in text
     drift = 100 * view.value("forgetting", "routed")
     assert f"routed forgetting {drift:.1f} = module drift 0.0 + routing drift {drift:.1f}" in text
-    assert "442,368 module + 1,540 head parameters, 1.8 MB; router 8.1 MB" in text
+    assert "size per task 442,368 module + 1,540 head parameters" in text
+    assert "stored 16.9 MB: modules and heads 8.9 MB, router 8.1 MB" in text
     assert "learn 86.2 s, route 2.5 s, evaluate 10.0 s; in total 2 min 03 s" in text
     assert f"folder {view.folder}" in text
     assert f"figure {view.folder}/accuracy_matrix.png" in text
@@ -295,8 +296,8 @@ def test_sweep_status(group):
     assert np.isnan(status.loc["b", "routed_average_accuracy"])  # not comparable yet
     assert status.loc["b", "error"] == "DivergedError: loss is nan"
     assert "results.parquet" in status.loc["c", "error"]
-    assert status.loc["a", "settings"] == "module.rank=8 learner=isolated"
-    assert status.loc["b", "settings"] == "module.rank=4 learner=joint"
+    assert status.loc["a", "settings"] == "module.rank=8 learner=isolated seed.init=0"
+    assert status.loc["b", "settings"] == "module.rank=4 learner=joint seed.init=0"
 
 
 def test_empty_group(tmp_path):
@@ -310,7 +311,7 @@ def test_status_screen(group):
     text = out.getvalue()
     assert text.isascii()
     (line,) = [line for line in text.splitlines() if "joint" in line]
-    assert line.split()[2:] == [
+    assert line.split()[3:] == [
         "failed",
         "2/5",
         "2",
@@ -322,15 +323,6 @@ def test_status_screen(group):
         "is",
         "nan",
     ]
-
-
-def test_differences():
-    one, other = config(), config(seed__data=3, trainer__epochs=5)
-    assert differences([one, other]) == [
-        "trainer.epochs=3 seed.data=0",
-        "trainer.epochs=5 seed.data=3",
-    ]
-    assert differences([one, one]) == ["", ""]
 
 
 def test_screen_needs_no_torch(tmp_path):

@@ -10,6 +10,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+import yaml
 from running import (
     FIVE,
     MOMENTS,
@@ -26,7 +27,10 @@ from running import (
 )
 from safetensors.torch import load_file, save_file
 
-from cl_peft.errors import DamagedRunError, DivergedError
+import analysis
+from cl_peft.config import run_id
+from cl_peft.errors import DamagedRunError, DivergedError, UserError
+from cl_peft.group import sweep_status
 from cl_peft.runs import RunFolder
 
 #: Nothing is looked up: a run that goes on must come to the same bits by computing.
@@ -349,3 +353,68 @@ def test_what_changed_before_anything_was_learned_is_fine(own_files, tmp_path):
     )
     assert len(facts["sessions"]) == 3
     assert set(pd.read_parquet(folder / "results.parquet")["after_task"]) == {1, 2, 3, 4}
+
+
+# ------------------------------------------------------------------ data that cannot be read
+
+
+def unreadable(tmp_path):
+    """Take the training file away; returns how to bring it back."""
+    path = tmp_path / "train.csv"
+    path.rename(tmp_path / "elsewhere.csv")
+    return lambda: (tmp_path / "elsewhere.csv").rename(path)
+
+
+def without_column(tmp_path):
+    """Give the column of labels another name; returns how to bring it back."""
+    path = tmp_path / "train.csv"
+    text = path.read_text()
+    path.write_text(text.replace("text,label", "text,class", 1))
+    return lambda: path.write_text(text)
+
+
+@pytest.mark.parametrize("spoil", [unreadable, without_column])
+def test_a_run_whose_data_cannot_be_read_says_what_it_was(spoil, own_files, tmp_path):
+    mend, folder = spoil(tmp_path), folder_of(*own_files)
+    with pytest.raises(UserError, match=r"train\.csv"):
+        run(*own_files)
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "status.json", "run.log", ".lock"}
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert run_id(written) == folder.name
+    table = sweep_status(folder.parent)
+    assert table[["state", "tasks_done"]].to_numpy().tolist() == [["failed", 0]]
+    (known,) = analysis.load_run_table(folder.parent).to_dict("records")
+    assert (known["state"], known["router"]) == ("failed", "ridge")
+    before = (folder / "config.yaml").read_bytes()
+    with pytest.raises(UserError):  # the first to write wins
+        run(*own_files, "tracker=wandb", "tracker.mode=offline")
+    assert (folder / "config.yaml").read_bytes() == before
+    mend()
+    other = f"{tmp_path}/other"
+    run(*own_files, f"paths.cache={other}")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["paths"]["cache"] == other
+    RunFolder(folder).open(written)  # every file is what its digest says
+    assert RunFolder(folder).status()["state"] == "finished"
+
+
+@pytest.mark.parametrize("moment", ["while task 3 trains", None])
+def test_data_that_vanish_change_nothing_of_a_run(moment, own_files, tmp_path):
+    assert in_child(moment, own_files) == (-signal.SIGKILL if moment else 0)
+    folder = folder_of(*own_files)
+    files = RunFolder(folder)
+    files.look()
+    kept = {name: files.content(name) for name in ("config.yaml", *files.files())}
+    manifest = (folder / "manifest.json").read_bytes()
+    mend = unreadable(tmp_path)
+    if moment:
+        with pytest.raises(UserError):
+            run(*own_files)
+    else:
+        before = digests(folder, skip=(".lock", "report.md", "accuracy_matrix.png"))
+        run(*own_files)
+        assert digests(folder, skip=(".lock", "report.md", "accuracy_matrix.png")) == before
+    assert (folder / "manifest.json").read_bytes() == manifest
+    assert {name: files.content(name) for name in kept} == kept
+    mend()
+    run(*own_files)
+    assert RunFolder(folder).status()["state"] == "finished"

@@ -50,8 +50,10 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
     status = commands.add_parser(
         "status",
         help="table of all runs of a group; exit code 0 if all finished, else 1",
-        description="State, task reached, time, error and folder of every run of a group. Exit "
-        "code 0 if all are finished, 1 if not, 2 if there is no such folder.",
+        description="State, task reached, time, error and folder of every run of a group: a table "
+        "at a terminal; else a line per run (run, state, task, seconds, routed accuracy in %, "
+        "settings, error, separated by tabs, - where empty). Exit code 0 if all are finished, 1 if "
+        "not, 2 if there is no such folder.",
     )
     status.add_argument("folder", type=Path, help="group folder, runs/GROUP")
     status.add_argument(

@@ -1,9 +1,15 @@
-"""The table of all runs of a group: once, or kept up to date while they run."""
+"""The table of all runs of a group: once, or kept up to date while they run.
+
+Where there is no terminal, a line per run for grep and awk, and nothing else.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +18,13 @@ from rich.live import Live
 
 from cl_peft.console import group_view
 from cl_peft.group import sweep_status
+from cl_peft.view import percent
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Width where there is no terminal: run folder and settings side by side.
-PLAIN_WIDTH = 140
+#: Stands for what is empty, so that columns can be counted.
+EMPTY = "-"
 #: Reading a group may take this share of the time; more runs, fewer looks.
 SHARE = 0.2
 
@@ -34,8 +41,32 @@ def show(folder: Path, console: Console | None = None) -> pd.DataFrame:
     """
     out = console or _terminal()
     status = sweep_status(folder)
-    out.print(group_view(status, folder, not out.is_terminal, folders=True))
+    if out.is_terminal:
+        out.print(group_view(status, folder, folders=True))
+    else:
+        out.file.write(lines(status))
     return status
+
+
+def lines(status: pd.DataFrame) -> str:
+    """A line per run: run, state, task, seconds, routed accuracy in %, settings, error.
+
+    Separated by tabs; the first five have no space in them, and ``-`` stands for what is empty.
+    """
+    rows = (
+        (
+            row["run"],
+            row["state"],
+            f"{row['tasks_done']}/{row['tasks'] or '?'}",
+            "" if math.isnan(row["seconds"]) else f"{row['seconds']:.1f}",
+            percent(row["routed_average_accuracy"], ""),
+            row["settings"],
+            row["error"],
+        )
+        for row in status.to_dict("records")
+    )
+    return "".join("\t".join(" ".join(str(cell).split()) or EMPTY for cell in row) + "\n"
+                   for row in rows)  # fmt: skip
 
 
 def watch(
@@ -48,7 +79,7 @@ def watch(
         every: Seconds between two looks; more where a look takes long.
         patience: Seconds without a running run after which it ends: a sweep has such moments
             between two of its jobs.
-        console: Where; the terminal if None. Where it is no terminal, only the last table is
+        console: Where; the terminal if None. Where it is no terminal, only the last state is
             printed.
 
     Returns:
@@ -57,14 +88,14 @@ def watch(
     out = console or _terminal()
     plain = not out.is_terminal
     status, quiet_since = sweep_status(folder), None
-    with Live(
-        group_view(status, folder, plain, folders=True), console=out, auto_refresh=False
-    ) as live:
+    view = group_view(status, folder, folders=True)
+    with nullcontext() if plain else Live(view, console=out, auto_refresh=False) as live:
         try:
             while True:
                 began = time.monotonic()
                 status = sweep_status(folder)
-                live.update(group_view(status, folder, plain, folders=True), refresh=not plain)
+                if live is not None:
+                    live.update(group_view(status, folder, folders=True), refresh=True)
                 now = time.monotonic()
                 if (status["state"] == "running").any():
                     quiet_since = None
@@ -74,17 +105,15 @@ def watch(
                     break
                 time.sleep(max(every, (now - began) * (1 / SHARE - 1)))
         except KeyboardInterrupt:
-            live.update(group_view(status, folder, plain, folders=True))
+            if live is not None:
+                live.update(group_view(status, folder, folders=True))
+    if plain:
+        out.file.write(lines(status))
     return status
 
 
 def _terminal() -> Console:
     terminal = sys.stdout.isatty()
-    return Console(
-        force_terminal=terminal,
-        no_color=None if terminal else True,
-        width=None if terminal else PLAIN_WIDTH,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
+    if not terminal and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name must not break a pipe in ASCII
+    return Console(force_terminal=terminal, highlight=False, markup=False, emoji=False)
