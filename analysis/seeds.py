@@ -14,12 +14,8 @@ import pandas as pd
 
 from analysis import ranks as ranking
 from analysis.load import SEED_COLUMNS, load_predictions, load_run_table
-from analysis.statistics import (
-    Statistic,
-    bootstrap_interval,
-    holm,
-    paired_permutation,
-)
+from analysis.pairing import in_same_tasks, refuse_other_tests
+from analysis.statistics import Statistic, bootstrap_interval, holm, paired_permutation
 from analysis.tables import (
     configuration_columns,
     configuration_labels,
@@ -206,8 +202,10 @@ def score_table(
     """
     runs = final_numbers(frame, [metric])
     keys = _keys(frame, by, "stream")
-    on = [c for c in describing_columns(frame) if c not in (*keys, "run", "state", "group")]
+    about = ("run", "state", "group", "tests")
+    on = [c for c in describing_columns(frame) if c not in (*keys, *about)]
     refuse_hidden_differences(runs, list(dict.fromkeys([*keys, *on])))
+    refuse_other_tests(runs, on)
     runs = runs.assign(label=configuration_labels(runs, keys))
     if not (runs["label"] != "").any():
         runs["label"] = "all runs"
@@ -229,7 +227,8 @@ def example_pairs(
         b: What selects those of the second.
 
     Raises:
-        DataError: An unknown column, no seeds in common, or several runs with the same seeds.
+        DataError: An unknown column, no seeds in common, several runs with the same seeds, or two
+            runs of a pair that were not tested on the same examples in the same tasks.
     """
     chosen = []
     for what in (a, b):
@@ -245,9 +244,11 @@ def example_pairs(
     both = pd.concat(chosen, axis=1, keys=["a", "b"], join="inner")
     if both.empty:
         raise DataError(f"{dict(a)} and {dict(b)} have no finished runs with the same seeds.")
+    folders = list(both.itertuples(index=False, name=None))
+    for x, y in folders:
+        in_same_tasks(x, y)
     return [
-        (load_predictions(x, after_task=-1), load_predictions(y, after_task=-1))
-        for x, y in both.itertuples(index=False)
+        (load_predictions(x, after_task=-1), load_predictions(y, after_task=-1)) for x, y in folders
     ]
 
 

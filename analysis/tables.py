@@ -311,8 +311,9 @@ def describing_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def configuration_columns(frame: pd.DataFrame) -> list[str]:
-    """Describing columns that tell configurations apart: all but the run, its state, its seeds."""
-    return [c for c in describing_columns(frame) if c not in ("run", "state", *SEED_COLUMNS)]
+    """Describing columns that tell configurations apart: all but run, state, seeds and tests."""
+    hidden = ("run", "state", *SEED_COLUMNS, "tests")
+    return [c for c in describing_columns(frame) if c not in hidden]
 
 
 def configuration_labels(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
