@@ -90,7 +90,8 @@ def plan(sweep: Sweep) -> Iterator[Plan]:
         ),
         Plan(
             "Critical difference",
-            "Average ranks over seeds; what a bar joins, the Nemenyi test does not tell apart.",
+            "Average ranks over streams, or over the seeds of the only one; what a bar joins, the "
+            "Nemenyi test does not tell apart.",
             lambda: figures.critical_difference_diagram(rank_configurations(sweep.finished)),
         ),
     ]

@@ -344,12 +344,6 @@ def _named(key: str, shown: str, value: object) -> str:
     return f"{shown} {value}"
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a small value of a metric or of a column of :func:`summary` is the good one."""
-    bad = ("forgetting", "routing_loss")
-    return metric.startswith(bad) or metric.endswith(("_parameters", "_bytes", "seconds"))
-
-
 def refuse_hidden_differences(runs: pd.DataFrame, keys: Sequence[str]) -> None:
     """Raise if runs that are about to be averaged over seeds differ in something else.
 

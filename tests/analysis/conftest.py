@@ -58,6 +58,23 @@ def grid(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def streams(tmp_path_factory):
+    """Two routers by three streams by two seeds, of which one stream is hard for both."""
+    root = tmp_path_factory.mktemp("streams")
+    for k, stream in enumerate(("easy", "middle", "hard")):
+        for router in ("ridge", "prototype"):
+            for seed in range(2):
+                name = f"{stream}-{router}-{seed}"
+                learner = "sequential" if stream == "hard" else "isolated"
+                options = {"router": router, "seed": 7 * k + seed, "stream": stream}
+                run = _write_run(root / "g" / name, learner=learner, **options)
+                text = (run / "config.yaml").read_text().replace("sequential", "isolated")
+                text = text.replace(f": {7 * k + seed}", f": {seed}")  # the same seeds everywhere
+                (run / "config.yaml").write_text(text)
+    return root
+
+
 def _write_run(
     folder,
     *,

@@ -122,4 +122,4 @@ def test_sweep_to_paper_on_a_sweep_that_still_runs(tmp_path, write_run, monkeypa
     run_notebook(monkeypatch, tmp_path, name="sweep_to_paper")
     printed = capsys.readouterr().out
     assert "| g | b | running | 2 | 4 |" in printed
-    assert "Ranks need at least 2 blocks" in printed
+    assert "Ranks need at least 2 seeds" in printed
