@@ -69,9 +69,10 @@ def streams(tmp_path_factory):
                 learner = "sequential" if stream == "hard" else "isolated"
                 options = {"router": router, "seed": 7 * k + seed, "stream": stream}
                 run = _write_run(root / "g" / name, learner=learner, **options)
-                text = (run / "config.yaml").read_text().replace("sequential", "isolated")
-                text = text.replace(f": {7 * k + seed}", f": {seed}")  # the same seeds everywhere
-                (run / "config.yaml").write_text(text)
+                config = yaml.safe_load((run / "config.yaml").read_text())
+                config["learner"] = {"name": "isolated"}
+                config["seed"] = dict.fromkeys(config["seed"], seed)  # the same seeds everywhere
+                (run / "config.yaml").write_text(yaml.safe_dump(config))
     return root
 
 
