@@ -96,6 +96,21 @@ def refuse_other_tests(runs: pd.DataFrame, paired_by: Sequence[str]) -> None:
         )
 
 
+def most_alike(runs: pd.DataFrame, paired_by: Sequence[str]) -> pd.DataFrame:
+    """Of the runs that would be paired, those tested on what most of them were tested on.
+
+    Args:
+        runs: As in :func:`refuse_other_tests`.
+        paired_by: As there.
+    """
+    known = runs[runs["tests"] != UNKNOWN]
+    blocks = (
+        known.groupby(list(paired_by), dropna=False, sort=False) if paired_by else [((), known)]
+    )
+    kept = [block[block["tests"] == block["tests"].mode()[0]] for _, block in blocks]
+    return pd.concat(kept).sort_index() if kept else known
+
+
 # ---------------------------------------------------------------- parts
 
 

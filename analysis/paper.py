@@ -239,22 +239,28 @@ def _tests(
     none = pd.DataFrame(columns=["a", "b", "stream", "p", "p_holm", "n", "smallest_p", "unit"])
     if is_count(metric) or cells["label"].nunique() < 2:
         return none, []
+    said = []
     try:
         scores = score_table(frame, metric=metric, by=keys)
-    except DataError as error:  # tested on other examples
-        return none, [f"No tests: {' '.join(str(error).split())}"]
+    except DataError as error:  # some were tested on other examples
+        scores = score_table(frame, metric=metric, by=keys, leave_out=True)
+        said = [f"Tests leave out runs with other test examples than most. {_one_line(error)}"]
     several = streams.nunique() > 1
     found = [none]
     for stream, part in cells.groupby(streams, sort=False):
         best = part.loc[part["rank"] == 1, "label"]
         against = reference or (None if best.empty else str(best.iloc[0]))
         if against is not None:
-            mine = scores.loc[[stream]] if several else scores
+            mine = scores[scores.index.get_level_values("stream") == stream] if several else scores
             found.append(compare_columns(mine, against, seed).assign(stream=stream))
     tests = pd.concat([part for part in found if len(part)] or [none], ignore_index=True)
     tests["p_holm"] = holm(tests["p"].astype("float64"))
     way = direction(metric)
-    return tests, [ranks_note(scores, metric, way)] if several and way else []
+    return tests, [*said, *([ranks_note(scores, metric, way)] if several and way else [])]
+
+
+def _one_line(error: DataError) -> str:
+    return str(error).splitlines()[0]
 
 
 def _unbalanced(runs: pd.DataFrame, keys: Sequence[str], strata: str | None) -> bool:

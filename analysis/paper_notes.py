@@ -76,7 +76,7 @@ def ranks_note(scores: pd.DataFrame, metric: str, way: int) -> str:
     """
     name = metric.replace("_", " ")
     try:
-        found = rank_columns(scores, way > 0)
+        found = rank_columns(scores.dropna(axis=1, how="all"), way > 0)
     except DataError as error:
         return f"No ranks of {name} over streams: {error}"
     ranks = [f"{label} {rank:.2f}" for label, rank in found.ranks.items()]

@@ -18,7 +18,7 @@ import pandas as pd
 from analysis import ranks as ranking
 from analysis.directions import required_direction
 from analysis.load import SEED_COLUMNS, load_predictions, load_run_table
-from analysis.pairing import in_same_tasks, refuse_other_tests
+from analysis.pairing import in_same_tasks, most_alike, refuse_other_tests
 from analysis.statistics import Statistic, bootstrap_interval, holm, paired_permutation
 from analysis.tables import (
     configuration_columns,
@@ -214,7 +214,11 @@ def rank_columns(
 
 
 def score_table(
-    frame: pd.DataFrame, *, metric: str, by: Sequence[str] | None = None
+    frame: pd.DataFrame,
+    *,
+    metric: str,
+    by: Sequence[str] | None = None,
+    leave_out: bool = False,
 ) -> pd.DataFrame:
     """Final numbers with one row per stream and seed and one column per configuration.
 
@@ -222,6 +226,7 @@ def score_table(
         frame: From :func:`analysis.load_runs`.
         metric: A column of :func:`analysis.summary` or :func:`analysis.costs`.
         by: As in :func:`paired_tests`.
+        leave_out: Leave out runs that were tested on other examples than most, instead of refusing.
 
     Returns:
         Index (stream, block); block names the seeds and whatever else pairs runs.
@@ -234,17 +239,20 @@ def score_table(
     about = ("run", "state", "group", "tests")
     on = [c for c in describing_columns(frame) if c not in (*keys, *about)]
     refuse_hidden_differences(runs, list(dict.fromkeys([*keys, *on])))
-    refuse_other_tests(runs, on)
+    if not leave_out:
+        refuse_other_tests(runs, on)
     runs = runs.assign(label=configuration_labels(runs, keys))
     if not (runs["label"] != "").any():
         runs["label"] = "all runs"
+    labels = list(dict.fromkeys(runs["label"]))
+    runs = most_alike(runs, on) if leave_out else runs
     # blocks as text: a configuration key that some runs lack would drop them from the pivot
     rest = [column for column in on if column != "stream"]
     blocks = runs[rest].astype("str").fillna("none").agg(", ".join, axis=1)
     wide = runs.assign(block=blocks).pivot(
         index=["stream", "block"], columns="label", values=metric
     )
-    return wide[list(dict.fromkeys(runs["label"]))].rename_axis(columns=None)
+    return wide.reindex(columns=labels).rename_axis(columns=None)
 
 
 def method_keys(runs: pd.DataFrame, keys: Sequence[str]) -> list[str]:

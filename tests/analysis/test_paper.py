@@ -384,15 +384,25 @@ def test_one_stream_speaks_of_seeds_only(frame):
 
 
 def test_a_table_of_runs_that_cannot_be_paired(tmp_path, write_run):
-    a = write_run(tmp_path / "g" / "a", router="ridge")
-    write_run(tmp_path / "g" / "b", router="prototype")
-    text = (a / "stream.json").read_text()
-    text = re.sub('"test_digest": "[0-9a-f]+"', '"test_digest": "0123456789abcdef"', text)
-    (a / "stream.json").write_text(text)
-    table = analysis.paper_table(analysis.load_runs(tmp_path), metric=[ROUTED])
-    (note,) = [note for note in table.notes if note.startswith("No tests")]
-    assert "Runs g/a and g/b cannot be paired" in note
-    assert table.cells["p_holm"].isna().all()
+    """Three routers over six seeds, one of them tested on other examples."""
+    for router in ("ridge", "prototype", "other"):
+        for seed in range(6):
+            run = write_run(tmp_path / "g" / f"{router}-{seed}", router=router, seed=seed)
+            if router == "other":
+                text = (run / "stream.json").read_text()
+                text = re.sub(
+                    '"test_digest": "[0-9a-f]+"', '"test_digest": "0123456789abcdef"', text
+                )
+                (run / "stream.json").write_text(text)
+    frame = analysis.load_runs(tmp_path)
+    table = analysis.paper_table(frame, metric=[ROUTED], reference="ridge")
+    (note,) = [note for note in table.notes if note.startswith("Tests leave out")]
+    assert "cannot be paired: they were tested on other examples" in note
+    assert table.cells["estimate"].notna().all()
+    p = table.cells.set_index(table.rows["router"])["p_holm"]
+    whole = analysis.paper_table(frame[frame["router"] != "other"], reference="ridge").cells
+    assert p["prototype"] == whole["p_holm"].iloc[2]
+    assert p[["ridge", "other"]].isna().all()
 
 
 @pytest.mark.parametrize(("alpha", "family", "pairs"), [(0.05, 1, 6), (0.05, 3, 7), (0.125, 1, 5)])
