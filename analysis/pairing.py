@@ -104,11 +104,10 @@ def most_alike(runs: pd.DataFrame, paired_by: Sequence[str]) -> pd.DataFrame:
         paired_by: As there.
     """
     known = runs[runs["tests"] != UNKNOWN]
-    blocks = (
-        known.groupby(list(paired_by), dropna=False, sort=False) if paired_by else [((), known)]
-    )
-    kept = [block[block["tests"] == block["tests"].mode()[0]] for _, block in blocks]
-    return pd.concat(kept).sort_index() if kept else known
+    if known.empty or not paired_by:
+        return known[known["tests"].isin(known["tests"].mode()[:1])]
+    tests = known.groupby(list(paired_by), dropna=False, sort=False)["tests"]
+    return known[known["tests"] == tests.transform(lambda found: found.mode()[0])]
 
 
 # ---------------------------------------------------------------- parts

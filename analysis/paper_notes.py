@@ -99,9 +99,10 @@ def _test_note(tested: pd.DataFrame, reference: str | None, alpha: float) -> str
     family = int(tested.groupby("metric").size().min())
     against = reference or "the best"
     pairs = _range(sorted(set(tested["n"].astype(int))))
+    comparisons = f"{family} comparison{'s' if family > 1 else ''}"
     text = (
-        f"†: differs from {against} ({TESTS[tested['unit'].iloc[0]]}; Holm over {family} "
-        f"comparisons, {alpha:g}). The smallest p that {pairs} pairs can give is {smallest:.2g}"
+        f"†: differs from {against} ({TESTS[tested['unit'].iloc[0]]}; Holm over {comparisons}, "
+        f"{alpha:g}). The smallest p that {pairs} pairs can give is {smallest:.2g}"
     )
     corrected = min(1.0, smallest * family)
     if corrected >= alpha:
