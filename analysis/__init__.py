@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time, __getattr__
     from analysis.paper import paper_table as paper_table
     from analysis.ranks import critical_difference as critical_difference
     from analysis.ranks import friedman as friedman
+    from analysis.ranks import wilcoxon as wilcoxon
     from analysis.samples import abstention_curve as abstention_curve
     from analysis.samples import misrouted as misrouted
     from analysis.samples import routing_confusion as routing_confusion
@@ -83,7 +84,7 @@ _HOME = {
         "paired_permutation",
         "smallest_p",
     ),
-    "ranks": ("critical_difference", "friedman"),
+    "ranks": ("critical_difference", "friedman", "wilcoxon"),
     "seeds": ("example_pairs", "intervals", "paired_tests", "rank_configurations", "score_table"),
     "paper": ("paper_table",),
     "compare": ("compare_runs",),

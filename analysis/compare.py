@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folders import load_predictions, load_stream, open_run
+from analysis.pairing import in_same_tasks
 from analysis.statistics import mcnemar
 from analysis.tables import to_markdown
 from cl_peft import metrics
@@ -108,7 +109,7 @@ def compare_runs(
     what :func:`analysis.compare_examples` and :func:`analysis.paired_tests` ask.
 
     Where tasks differ (another order), examples are matched by class name and row, and only answers
-    are compared.
+    are compared. Runs that were tested on other examples are refused (:mod:`analysis.pairing`).
 
     Args:
         a: A run folder.
@@ -119,11 +120,13 @@ def compare_runs(
         seed: Of the resampling.
 
     Raises:
-        DataError: One of the runs has not committed that task.
+        DataError: One of the runs has not committed that task; or they were tested on other
+            examples, of which it says what differs.
         DamagedRunError: A file of a run is missing or differs from its digest.
     """
     runs = [open_run(a), open_run(b)]
     names = tuple(f"{run.path.resolve().parent.name}/{run.path.resolve().name}" for run in runs)
+    same_tasks = in_same_tasks(a, b)
     frames = [_with_outcomes(load_predictions(run.path)) for run in runs]
     done = [int(frame["after_task"].max()) if len(frame) else 0 for frame in frames]
     at = min(done) if after_task is None else after_task
@@ -138,7 +141,8 @@ def compare_runs(
     final = [frame[frame["after_task"] == at] for frame in frames]
     key = ["eval_task", "row", "label"]
     both = final[0].merge(final[1], on=key, suffixes=("_a", "_b"))
-    paired = len(both) == len(final[0]) == len(final[1]) and classes[0] == classes[1]
+    paired = same_tasks and len(both) == len(final[0]) == len(final[1])
+    paired = paired and classes[0] == classes[1]
     if paired:
         notes.append(
             f"Paired on {len(both)} test examples; {100 * level:g} % intervals over examples, "
@@ -147,7 +151,7 @@ def compare_runs(
     else:
         both = _matched_by_name(final, classes)
         notes.append(
-            f"Other tasks or test data: {len(both)} of {len(final[0])} and {len(final[1])} "
+            f"Other tasks: {len(both)} of {len(final[0])} and {len(final[1])} "
             "examples match by class and row. No intervals, and no accuracy per task."
         )
     numbers = _numbers(frames, at)

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from analysis.figures_bounds import STYLE, draw_bound, known_bounds
 from analysis.figures_style import (
     GREY,
     INK,
@@ -36,8 +37,6 @@ from analysis.tables import (
 )
 from cl_peft.errors import DataError
 
-_BOUND_STYLE = {"upper": (0, (1, 1)), "lower": (0, (6, 2, 1, 2))}
-
 
 def anytime_curve(
     frame: pd.DataFrame,
@@ -60,14 +59,18 @@ def anytime_curve(
             its state and its seeds.
         band: "interval" shades the 95 % bootstrap interval over seeds, "std" one standard deviation
             each side, "none" nothing.
-        upper: A learner drawn as a bound in grey (such as "joint"). One that was evaluated only
-            after the last task is a horizontal line.
+        upper: A learner drawn as a bound in grey (such as "joint"), a line per configuration. One
+            that was evaluated only after the last task is a horizontal line.
         lower: Another, such as "sequential" or "frozen".
         ax: Where to draw; None is a new figure.
 
+    Warns:
+        Incomplete: A bound has no run, or none for some of the others' settings and seeds; what
+            there is is drawn.
+
     Raises:
-        DataError: The frame has no such rows, or no such learner; or runs that differ in more than
-            their seeds would be averaged.
+        DataError: The frame has no such rows; or runs that differ in more than their seeds would be
+            averaged.
     """
     if band not in ("interval", "std", "none"):
         raise DataError(f'band is {band!r}; allowed: "interval", "std", "none"')
@@ -79,11 +82,7 @@ def anytime_curve(
     ]
     if rows.empty:
         raise DataError(f"No run has {metric!r} over all tasks, oracle or routed.")
-    bounds = {kind: name for kind, name in (("upper", upper), ("lower", lower)) if name}
-    for name in bounds.values():
-        if not (rows["learner"] == name).any():
-            found = ", ".join(sorted(rows["learner"].unique()))
-            raise DataError(f"No run of learner {name!r} for a bound; there are: {found}.")
+    bounds = known_bounds(rows, {"upper": upper, "lower": lower})
     keys = list(by) if by is not None else configuration_columns(frame)
     main = rows[~rows["learner"].isin(list(bounds.values()))]
     refuse_hidden_differences(
@@ -97,7 +96,9 @@ def anytime_curve(
     drawn = new_axes(ax, 5.0 + legend_width(named), 4.0)
     last = int(rows["after_task"].max())
     for kind, name in bounds.items():
-        _bound(drawn, rows[(rows["learner"] == name) & (rows["routing"] == "routed")], kind, last)
+        compared = rows["learner"].eq(name) | ~rows["learner"].isin(list(bounds.values()))
+        part = rows[compared & rows["routing"].eq("routed")]
+        draw_bound(drawn, part, kind, name, keys, last)
     for k, (_, curve) in enumerate(points.groupby("label", sort=False)):
         for routing, line in curve.groupby("routing"):
             _curve(drawn, line.sort_values("after_task"), str(routing), k)
@@ -333,15 +334,6 @@ def _curve(ax: Axes, line: pd.DataFrame, routing: str, k: int) -> None:
     )
 
 
-def _bound(ax: Axes, rows: pd.DataFrame, kind: str, last: int) -> None:
-    mean = rows.groupby("after_task")["value"].mean().sort_index()
-    style: dict[str, Any] = {"color": GREY, "linestyle": _BOUND_STYLE[kind], "linewidth": 1.6}
-    if len(mean) == 1:
-        ax.plot([1, last], [mean.iloc[0]] * 2, **style)
-    else:
-        ax.plot(mean.index.to_numpy(), mean.to_numpy(), **style)
-
-
 def _anytime_legend(labels: Sequence[str], bounds: Mapping[str, str]) -> Iterator[Line2D]:
     for k, label in enumerate(labels):
         if label:
@@ -349,7 +341,7 @@ def _anytime_legend(labels: Sequence[str], bounds: Mapping[str, str]) -> Iterato
             yield Line2D([], [], color=colour, marker=marker, markersize=4.5, label=label)
     for kind, name in bounds.items():
         text = f"{name} ({kind} bound)"
-        yield Line2D([], [], color=GREY, linestyle=_BOUND_STYLE[kind], linewidth=1.6, label=text)
+        yield Line2D([], [], color=GREY, linestyle=STYLE[kind], linewidth=1.6, label=text)
     for routing, face in (("oracle", "white"), ("routed", GREY)):
         yield Line2D(
             [],

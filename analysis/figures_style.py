@@ -39,6 +39,10 @@ SMALL, TEXT, LARGE = 8, 9, 10.5
 Drawn = Figure | Axes | Sequence[Axes]
 
 
+class Incomplete(UserWarning):
+    """A figure was drawn without something that it was asked for."""
+
+
 def look(k: int) -> tuple[str, str]:
     """Colour and marker of the k-th thing drawn; no two of the first 49 look the same."""
     return COLOURS[k % len(COLOURS)], MARKERS[(k + k // len(COLOURS)) % len(MARKERS)]

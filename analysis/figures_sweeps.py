@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from analysis.directions import direction, required_direction
 from analysis.figures_style import (
     COLOURS,
     FAINT,
@@ -28,7 +29,7 @@ from analysis.figures_style import (
 )
 from analysis.ranks import CriticalDifference
 from analysis.seeds import final_numbers, intervals
-from analysis.tables import configuration_columns, configuration_labels, lower_is_better
+from analysis.tables import configuration_columns, configuration_labels
 
 
 def stability_plasticity(
@@ -111,8 +112,10 @@ def accuracy_against_parameters(
         The axes of both panels.
 
     Raises:
-        DataError: No finished run, an unknown metric, or runs that differ in more than their seeds.
+        DataError: No finished run, an unknown metric or one without a direction, or runs that
+            differ in more than their seeds.
     """
+    way = required_direction(metric)
     keys = list(by) if by is not None else configuration_columns(frame)
     columns = [metric, "trainable_parameters", "stored_parameters", "router_parameters"]
     table = intervals(frame, metric=columns, by=keys)
@@ -138,7 +141,7 @@ def accuracy_against_parameters(
                 sizes.iloc[k], cell["estimate"], yerr=error, capsize=3, linewidth=1.1, markersize=7,
                 color=look(k)[0], marker=look(k)[1],
             )  # fmt: skip
-        _frontier(ax, sizes.to_numpy(), first["estimate"].to_numpy(), lower_is_better(metric))
+        _frontier(ax, sizes.to_numpy(), first["estimate"].to_numpy(), way < 0)
         style_axes(ax, name, f"{metric.replace('_', ' ')} (%)" if ax is axes[0] else "")
         percent_ticks(ax)
         if log:
@@ -178,7 +181,7 @@ def sweep_overview(
     """
     keys = list(by) if by is not None else configuration_columns(frame)
     table = intervals(frame, metric=[metric], by=keys)
-    low_first = lower_is_better(metric)
+    low_first = direction(metric) <= 0
     table = table.sort_values("estimate", ascending=low_first, kind="stable").reset_index(drop=True)
     total, table = len(table), table.head(most)
     shown = [key for key in keys if table[key].nunique(dropna=False) > 1]

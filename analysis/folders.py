@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ class RunFiles:
     status: Mapping[str, Any]
     manifest: Mapping[str, Any] | None
     contents: Mapping[str, bytes]
+
+    @cached_property
+    def stream(self) -> dict[str, Any]:
+        """What stream.json says; empty where it is missing or unreadable."""
+        try:
+            return load_stream(self.path)
+        except DamagedRunError:
+            return {}
 
     def parts(self, name: str) -> list[tuple[Path, Mapping[str, Any]]]:
         """The files that hold ``name``, in the order of the tasks, with their manifest entries.
@@ -151,7 +160,7 @@ def load_config(run_folder: str | Path) -> dict[str, Any]:
 
 
 def load_stream(run_folder: str | Path) -> dict[str, Any]:
-    """Read stream.json of a run: name, scenario, class_names, and the classes of each task.
+    """Read stream.json of a run: name, scenario, class_names, and each task's classes and digest.
 
     Raises:
         DamagedRunError: The file is missing or is not JSON.
@@ -177,7 +186,7 @@ def load_predictions(
     Returns:
         One row per (after_task, test sample): after_task, eval_task (1-based), row (in the source's
         test split), label, oracle_prediction, routed_prediction (global class ids), routed_task
-        (1-based, 0 = no task), margin, confidence.
+        (1-based, 0 = no task), margin, confidence. ``attrs["run_folder"]`` says whose they are.
 
     Raises:
         DamagedRunError: A file is missing, unreadable, or differs from its recorded digest.
@@ -199,7 +208,9 @@ def load_predictions(
         at = frame["after_task"].max() if after_task == -1 else after_task
         frame = frame[frame["after_task"] == at].reset_index(drop=True)
     frame = frame.drop(columns=[c for c in frame.columns if c.startswith("__index_level_")])
-    return frame if wanted is None else frame[list(columns or ())]
+    frame = frame if wanted is None else frame[list(columns or ())]
+    frame.attrs["run_folder"] = str(run_folder)
+    return frame
 
 
 def results_table(run: RunFiles) -> pa.Table:

@@ -32,6 +32,7 @@ from analysis.folders import (
     results_table,
     run_folders,
 )
+from analysis.pairing import names_of_tests
 from cl_peft.archives import short_name
 from cl_peft.config import NOT_IDENTITY
 from cl_peft.errors import DamagedRunError, DataError, did_you_mean
@@ -64,7 +65,7 @@ CONFIG_COLUMNS = {
     "seed_data": "seed.data",
 }
 #: Columns that describe the run, in the order of the tidy frame.
-RUN_COLUMNS = ("run", "group", "state", *list(CONFIG_COLUMNS)[1:])
+RUN_COLUMNS = ("run", "group", "state", *list(CONFIG_COLUMNS)[1:], "tests")
 SEED_COLUMNS = ("seed_order", "seed_init", "seed_data")
 #: Columns of the run table that say how a run went, not what it was asked to do.
 PROGRESS_COLUMNS = ("finished", "tasks_done", "tasks", "seconds", "error", "folder")
@@ -96,7 +97,8 @@ def load_runs(
 
     Returns:
         One row per number, with columns run, group, state, module, router, learner, stream,
-        backbone, seed_order, seed_init, seed_data, those of ``config``, after_task (1-based),
+        backbone, seed_order, seed_init, seed_data, tests (equal for runs tested on the same
+        examples; see :mod:`analysis.pairing`), those of ``config``, after_task (1-based),
         eval_task (1-based; NA = over all tasks seen), routing (oracle, routed or none), metric,
         value. Runs in the order of their folders.
 
@@ -110,7 +112,7 @@ def load_runs(
     """
     wanted = [metric] if isinstance(metric, str) else None if metric is None else list(metric)
     keys = () if isinstance(config, str) else tuple(config)
-    conditions = _conditions(where or {}, (*RUN_COLUMNS, *keys))
+    conditions = _conditions(where or {}, (*RUN_COLUMNS[:-1], *keys))  # tests are named later
     runs = _open_all(folder)
     if runs:
         known_keys = set[str]().union(*(run.config for run in runs))
@@ -127,7 +129,7 @@ def load_runs(
     chosen, table, sizes = _numbers(runs, chosen, wanted, where_to, Path(folder))
     if wanted and len(set(wanted) - set(pc.unique(table["metric"]).to_pylist())):
         _refuse_unknown_metric(wanted, chosen)
-    return _typed(table, sizes, pd.DataFrame([_described(run, keys) for run in chosen]), keys)
+    return _typed(table, sizes, pd.DataFrame(_all_described(chosen, keys)), keys)
 
 
 def load_run_table(folder: str | Path, *, where: Mapping[str, Any] | None = None) -> pd.DataFrame:
@@ -139,9 +141,9 @@ def load_run_table(folder: str | Path, *, where: Mapping[str, Any] | None = None
 
     Returns:
         Columns run, group, state, module, router, learner, stream, backbone, seed_order, seed_init,
-        seed_data; finished (bool), tasks_done, tasks, seconds, error, folder; then every key of the
-        configurations, flattened (``module.rank``), None where a run does not have it. Lists are
-        JSON text, so that one can group by any column.
+        seed_data, tests; finished (bool), tasks_done, tasks, seconds, error, folder; then every key
+        of the configurations, flattened (``module.rank``), None where a run does not have it. Lists
+        are JSON text, so that one can group by any column.
 
     Warns:
         UserWarning: As :func:`load_runs`.
@@ -174,7 +176,7 @@ def varying_keys(runs: pd.DataFrame, *, ignore: Sequence[str] = ()) -> list[str]
     dotted = [column for column in runs.columns if "." in column]
     table = "folder" in runs.columns  # then every named column also stands there under its key
     shown = [column for column in RUN_COLUMNS[3:] if column in runs.columns and not table]
-    skip = {"seed.order", "seed.init", "seed.data", *SEED_COLUMNS, *ignore}
+    skip = {"seed.order", "seed.init", "seed.data", *SEED_COLUMNS, "tests", *ignore}
     candidates = [
         column
         for column in [*shown, *dotted]
@@ -308,6 +310,11 @@ def _described(run: RunFiles, config: Sequence[str]) -> dict[str, Any]:
     return about | {key: _cell(run.config.get(key)) for key in config}
 
 
+def _all_described(runs: Sequence[RunFiles], config: Sequence[str]) -> list[dict[str, Any]]:
+    tests = names_of_tests([run.stream for run in runs])
+    return [_described(run, config) | {"tests": t} for run, t in zip(runs, tests, strict=True)]
+
+
 def _group(run: RunFiles) -> str:
     return str(run.config.get("group") or run.path.parent.name)
 
@@ -315,14 +322,14 @@ def _group(run: RunFiles) -> str:
 def _run_table(runs: Sequence[RunFiles]) -> pd.DataFrame:
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     rows = []
-    for run in runs:
+    for run, about in zip(runs, _all_described(runs, ()), strict=True):
         status = run.status
         progress = {
             "finished": status["state"] == "finished",
             **{name: status.get(name) for name in ("tasks_done", "tasks", "seconds", "error")},
             "folder": str(run.path),
         }
-        rows.append({**_described(run, ()), **progress, **_described(run, keys)})
+        rows.append({**about, **progress, **_described(run, keys)})
     columns = [*RUN_COLUMNS, *PROGRESS_COLUMNS, *(key for key in keys if key not in RUN_COLUMNS)]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(SEED_COLUMNS, "Int64"))
 

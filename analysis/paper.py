@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from analysis.seeds import COSTS, final_numbers, intervals, paired_tests
-from analysis.tables import configuration_columns, configuration_labels, lower_is_better
+from analysis.directions import direction, heading, is_count
+from analysis.paper_notes import notes_on, ranks_note
+from analysis.seeds import (
+    compare_columns,
+    final_numbers,
+    intervals,
+    method_keys,
+    score_table,
+)
+from analysis.statistics import holm
+from analysis.tables import configuration_columns, configuration_labels
 from cl_peft.errors import DataError, did_you_mean
 
 DEFAULT_METRICS = ("average_accuracy_oracle", "average_accuracy_routed", "forgetting_routed")
@@ -56,7 +63,7 @@ class PaperTable:
 
     def to_markdown(self) -> str:
         """The table and its notes in Markdown."""
-        head = [*map(str, self.rows.columns), *map(_heading, self.metrics)]
+        head = [*map(str, self.rows.columns), *map(heading, self.metrics)]
         align = ["---"] * self.rows.shape[1] + ["--:"] * len(self.metrics)
         marks = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}
         lines = [[_pipe(text) for text in head], align]
@@ -74,7 +81,7 @@ class PaperTable:
             label: For ``\ref``.
         """
         marks = {0: "{}", 1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
-        head = [*map(str, self.rows.columns), *map(_heading, self.metrics)]
+        head = [*map(str, self.rows.columns), *map(heading, self.metrics)]
         lines = [rf"\begin{{tabular}}{{{'l' * self.rows.shape[1]}{'r' * len(self.metrics)}}}"]
         lines += [r"\toprule", _latex_row(map(escape_latex, head)), r"\midrule"]
         for names, cells in self._lines():
@@ -135,10 +142,15 @@ def paper_table(
 ) -> PaperTable:
     """Configurations against metrics: mean over seeds, interval, best, second, significance.
 
-    In each column every other configuration is tested against the reference by the paired
-    permutation test over shared seeds, corrected by Holm within the column; the dagger marks those
-    that differ. Without ``reference`` the best of the column is it. Choosing the best after seeing
-    the numbers makes the test lenient; for a claim, name the reference beforehand.
+    In each column every other configuration is tested against the reference, corrected by Holm
+    within the column; the dagger marks those that differ. Without ``reference`` the best of the
+    column is it. Choosing the best after seeing the numbers makes the test lenient; for a claim,
+    name the reference beforehand.
+
+    With runs of several streams, each stream has rows of its own: best, second and the tests (by
+    permutation, over shared seeds) are within a stream, and the notes give average ranks over
+    streams (Demsar 2006). With ``strata="stream"`` a configuration is one row, its numbers are over
+    all streams, and the tests are Wilcoxon's over streams. Seeds never count as data sets.
 
     Bold and underlined go by the numbers as printed, so what reads equal is marked alike.
 
@@ -147,8 +159,10 @@ def paper_table(
         metric: Columns of :func:`analysis.summary` or :func:`analysis.costs`.
         by: Columns that tell configurations apart; None is all but run, state, seeds and
             ``strata``, of which those that vary are shown.
-        strata: Such as "stream": resampled apart.
-        reference: Label of a configuration, as in :func:`analysis.paired_tests`.
+        strata: Such as "stream": resampled apart. It is "stream" where ``by`` lacks the streams
+            that the runs have.
+        reference: Label of a configuration, as in :func:`analysis.paired_tests`; with several
+            streams it names the rows of all of them.
         interval: "half" for 91.3 ± 0.8 (half the interval's width), "range" for [90.5, 92.1], or
             "none".
         statistic: "mean" or "iqm".
@@ -163,36 +177,45 @@ def paper_table(
     if interval not in ("half", "range", "none"):
         raise DataError(f'interval is {interval!r}; allowed: "half", "range", "none"')
     keys = list(by) if by is not None else configuration_columns(frame)
+    runs = final_numbers(frame, metric)
+    if "stream" not in keys and runs["stream"].nunique() > 1:
+        strata = "stream"
     keys = [key for key in keys if key != strata]
     numbers = intervals(
         frame, metric=metric, by=keys, strata=strata, statistic=statistic, level=level, seed=seed
     )
-    runs = final_numbers(frame, metric)
     first = numbers[numbers["metric"] == metric[0]].reset_index(drop=True)
-    labels = configuration_labels(first, keys).where(lambda text: text != "", "all runs")
+    own = method_keys(runs, keys)
+    labels = configuration_labels(first, own).where(lambda text: text != "", "all runs")
+    streams = first["stream"] if "stream" in keys else pd.Series("", first.index)
     shown = [key for key in keys if first[key].nunique(dropna=False) > 1] or keys[:1]
     if reference is not None and reference not in set(labels):
         raise DataError(
             f"No configuration is called {reference!r}.{did_you_mean(reference, labels)}\n"
-            f"  there are: {'; '.join(labels)}"
+            f"  there are: {'; '.join(dict.fromkeys(labels))}"
         )
-    parts, pairs = [], []
+    parts, tests, texts = [], [], []
     for name in metric:
         column = numbers[numbers["metric"] == name].reset_index(drop=True)
-        cells = column.drop(columns=keys).assign(row=range(len(column)))
+        cells = column.drop(columns=keys).assign(row=range(len(column)), label=labels)
         cells["text"] = [_text(cell, name, interval, digits) for _, cell in cells.iterrows()]
-        cells["rank"] = _ranks(cells["estimate"], name, digits)
-        against = reference or _best_label(cells, labels)
-        cells["p_holm"] = np.nan
-        if len(labels) > 1 and against is not None and name not in COSTS:
-            tests = paired_tests(frame, metric=name, by=keys, reference=against, seed=seed)
-            pairs.append(tests.assign(metric=name))
-            cells["p_holm"] = labels.map(tests.set_index("b")["p_holm"])
+        cells["rank"] = 0
+        for _, part in cells["estimate"].groupby(streams, sort=False):
+            cells.loc[part.index, "rank"] = _ranks(part, name, digits)
+        found, said = _tests(frame, name, own, cells, streams, reference, seed)
+        tests.append(found.assign(metric=name))
+        texts += said
+        known = found.set_index(["stream", "b"])["p_holm"]
+        cells["p_holm"] = known.reindex(pd.MultiIndex.from_arrays([streams, labels])).to_numpy()
         cells["significant"] = cells["p_holm"] < alpha
-        parts.append(cells)
+        parts.append(cells.drop(columns="label"))
     table = pd.concat(parts, ignore_index=True)
-    notes = _notes(table, pairs, len(runs), reference, interval, statistic, level, alpha)
-    return PaperTable(first[shown], tuple(metric), table, tuple(notes))
+    notes = notes_on(
+        table, runs, pd.concat(tests, ignore_index=True),
+        reference=reference, interval=interval, statistic=statistic, level=level, alpha=alpha,
+        streams=streams.nunique(), unbalanced=_unbalanced(runs, keys, strata),
+    )  # fmt: skip
+    return PaperTable(first[shown], tuple(metric), table, (*notes, *dict.fromkeys(texts)))
 
 
 def escape_latex(text: str) -> str:
@@ -203,16 +226,57 @@ def escape_latex(text: str) -> str:
 # ---------------------------------------------------------------- parts
 
 
-def _best_label(cells: pd.DataFrame, labels: pd.Series) -> str | None:
-    best = cells.loc[cells["rank"] == 1, "row"]
-    return None if best.empty else str(labels.iloc[int(best.iloc[0])])
+def _tests(
+    frame: pd.DataFrame,
+    metric: str,
+    keys: Sequence[str],
+    cells: pd.DataFrame,
+    streams: pd.Series,
+    reference: str | None,
+    seed: int,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Tests of a column, each stream's rows on their own, and what the notes say of its ranks."""
+    none = pd.DataFrame(columns=["a", "b", "stream", "p", "p_holm", "n", "smallest_p", "unit"])
+    if is_count(metric) or cells["label"].nunique() < 2:
+        return none, []
+    said = []
+    try:
+        scores = score_table(frame, metric=metric, by=keys)
+    except DataError as error:  # some were tested on other examples
+        scores = score_table(frame, metric=metric, by=keys, leave_out=True)
+        said = [f"Tests leave out runs with other test examples than most. {_one_line(error)}"]
+    several = streams.nunique() > 1
+    found = [none]
+    for stream, part in cells.groupby(streams, sort=False):
+        best = part.loc[part["rank"] == 1, "label"]
+        against = reference or (None if best.empty else str(best.iloc[0]))
+        if against is not None:
+            mine = scores[scores.index.get_level_values("stream") == stream] if several else scores
+            found.append(compare_columns(mine, against, seed).assign(stream=stream))
+    tests = pd.concat([part for part in found if len(part)] or [none], ignore_index=True)
+    tests["p_holm"] = holm(tests["p"].astype("float64"))
+    way = direction(metric)
+    return tests, [*said, *([ranks_note(scores, metric, way)] if several and way else [])]
+
+
+def _one_line(error: DataError) -> str:
+    return str(error).splitlines()[0]
+
+
+def _unbalanced(runs: pd.DataFrame, keys: Sequence[str], strata: str | None) -> bool:
+    """Whether a configuration averaged over streams has more runs of some than of others."""
+    if strata is None or not keys:
+        return False
+    counts = runs.groupby([*keys, strata], dropna=False).size().unstack(fill_value=0)
+    return bool(counts.nunique(axis=1).gt(1).any())
 
 
 def _ranks(estimates: pd.Series, metric: str, digits: int) -> list[int]:
     """1 for what prints like the best, 2 for what prints like the next, else 0."""
+    way = direction(metric)
     printed = estimates.map(lambda value: round(_scaled(value, metric), _places(metric, digits)))
-    order = sorted(set(printed.dropna()), reverse=not lower_is_better(metric))
-    if len(estimates) < 2 or len(order) < 2:  # nothing to be better than
+    order = sorted(set(printed.dropna()), reverse=way > 0)
+    if not way or len(order) < 2:  # nothing to be better than
         return [0] * len(estimates)
     return [order.index(v) + 1 if v in order[:2] else 0 for v in printed]
 
@@ -237,66 +301,11 @@ def _number(value: float, metric: str, digits: int) -> str:
 
 
 def _scaled(value: float, metric: str) -> float:
-    return value if _counts(metric) else 100 * value
+    return value if is_count(metric) else 100 * value
 
 
 def _places(metric: str, digits: int) -> int:
-    return 0 if _counts(metric) else digits
-
-
-def _counts(metric: str) -> bool:
-    return metric.endswith(("_parameters", "_bytes", "_modules", "tasks"))
-
-
-def _heading(metric: str) -> str:
-    arrow = "↓" if lower_is_better(metric) else "↑"
-    return f"{metric.replace('_', ' ')}{'' if _counts(metric) else ' (%)'} {arrow}"
-
-
-def _notes(
-    table: pd.DataFrame,
-    pairs: Sequence[pd.DataFrame],
-    runs: int,
-    reference: str | None,
-    interval: str,
-    statistic: str,
-    level: float,
-    alpha: float,
-) -> list[str]:
-    counts = sorted({int(n) for n in table["n"] if n})
-    each = _range(counts)
-    what = "Interquartile mean" if statistic == "iqm" else "Mean"
-    notes = [f"{what} of {each} run{'s' if counts[-1:] != [1] else ''} each ({runs} in all)."]
-    if interval != "none" and table["low"].notna().any():
-        shape = "± is half the width of the" if interval == "half" else "In brackets, the"
-        notes.append(f"{shape} {100 * level:g} % bootstrap interval.")
-    if (table["rank"] > 0).any():
-        notes.append("Bold: best; underlined: second.")
-    tests = pd.concat(pairs, ignore_index=True) if pairs else pd.DataFrame({"n": []})
-    tested = tests[tests["n"] > 0]
-    if len(tested):
-        smallest = tested["smallest_p"].min()
-        family = tested.groupby("metric").size().min()
-        against = f"{reference}" if reference else "the best"
-        least = (
-            f"the smallest p that {_range(sorted(set(tested['n'].astype(int))))} pairs can give is "
-            f"{smallest:.2g}"
-        )
-        corrected = min(1.0, smallest * family)
-        if corrected >= alpha:
-            least += f", {corrected:.2g} after correction, so nothing here can be significant"
-            warnings.warn(f"too few runs: {least}", stacklevel=3)
-        notes.append(
-            f"†: differs from {against} (paired permutation test, Holm over {family} comparisons, "
-            f"{alpha:g}). {least.capitalize()}."
-        )
-    return notes
-
-
-def _range(counts: Sequence[int]) -> str:
-    if not counts:
-        return "0"
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return 0 if is_count(metric) else digits
 
 
 def _marked(cell: pd.Series, marks: dict[int, str], escape: Any) -> str:  # noqa: ANN401

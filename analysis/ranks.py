@@ -1,19 +1,28 @@
-"""Ranks of several methods over several data sets: Friedman, Nemenyi, critical differences.
+"""Methods over several data sets: Wilcoxon for two, Friedman and Nemenyi for more.
 
-After Demsar 2006, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 7, section
-3.2. The distributions are computed here, so nothing beyond numpy is needed.
+After Demsar 2006, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 7, sections
+3.1.3 and 3.2. A data set is a stream, with one number per method: its mean over seeds. Seeds are no
+data sets. The distributions are computed here, so nothing beyond numpy is needed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from analysis.statistics import PairedTest, paired_permutation
 from cl_peft.errors import DataError
+
+#: What ranks over blocks are about.
+ABOUT = {
+    "stream": "streams",
+    "seed": "seeds of one stream (so about its seeds only)",
+    "block": "blocks",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,8 @@ class CriticalDifference:
         ranks: Average rank of each method, best (lowest) first.
         cd: Critical difference: methods whose ranks are closer are not told apart (Nemenyi).
         alpha: Level of the Nemenyi test.
-        n: Number of blocks (streams, or seeds) ranked.
+        n: Number of blocks ranked.
+        unit: What a block is: "stream", "seed" (of a single stream) or "block".
         statistic: Friedman's chi-square, corrected for ties.
         p: Of Friedman's test: are all methods equal?
         smallest_p: The smallest p that so many blocks and methods can give.
@@ -36,6 +46,7 @@ class CriticalDifference:
     cd: float
     alpha: float
     n: int
+    unit: str
     statistic: float
     p: float
     smallest_p: float
@@ -44,16 +55,21 @@ class CriticalDifference:
 
     def note(self) -> str:
         """One sentence for beside the diagram."""
-        k = len(self.ranks)
+        what = f"{self.n} {ABOUT[self.unit]} and {len(self.ranks)} methods"
+        short = ", so none can be significant" if self.smallest_p >= self.alpha else ""
         return (
-            f"Friedman over {self.n} blocks and {k} methods: chi-square {self.statistic:.2f}, "
-            f"p {self.p:.2g} (the smallest they can give is {self.smallest_p:.2g}); "
+            f"Friedman over {what}: chi-square {self.statistic:.2f}, p {self.p:.2g} (the smallest "
+            f"they can give is {self.smallest_p:.2g}{short}); "
             f"Nemenyi CD {self.cd:.2f} at {self.alpha:g}"
         )
 
 
 def critical_difference(
-    scores: pd.DataFrame, *, alpha: float = 0.05, higher_is_better: bool = True
+    scores: pd.DataFrame,
+    *,
+    alpha: float = 0.05,
+    higher_is_better: bool = True,
+    unit: str = "block",
 ) -> CriticalDifference:
     """Rank methods within each block and test which ranks differ.
 
@@ -68,9 +84,10 @@ def critical_difference(
     The chi-square is an approximation that is rough for fewer than about 10 blocks.
 
     Args:
-        scores: Index: blocks (streams, or streams and seeds). Columns: methods.
+        scores: Index: blocks, best streams. Columns: methods.
         alpha: Level of the Nemenyi test.
         higher_is_better: False ranks low values first.
+        unit: What a block is: "stream", "seed" or "block".
 
     Raises:
         DataError: Fewer than two blocks or methods, or a missing score.
@@ -78,7 +95,7 @@ def critical_difference(
     table = scores.to_numpy(dtype=np.float64)
     n, k = table.shape
     if n < 2 or k < 2:
-        raise DataError(f"Ranks need at least 2 blocks and 2 methods, not {n} and {k}.")
+        raise DataError(f"Ranks need at least 2 {unit}s and 2 methods, not {n} and {k}.")
     if np.isnan(table).any():
         row, column = np.argwhere(np.isnan(table))[0]
         raise DataError(
@@ -105,12 +122,39 @@ def critical_difference(
         cd=cd,
         alpha=alpha,
         n=n,
+        unit=unit,
         statistic=statistic,
         p=p,
         smallest_p=chi_square_tail(n * (k - 1), k - 1),
         pairs=pairs,
         cliques=_cliques(ranks, cd),
     )
+
+
+def wilcoxon(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> PairedTest:
+    """Wilcoxon's signed-rank test of two methods over data sets, two-sided (Demsar 2006, 3.1.3).
+
+    The sizes of ``d = a - b`` are ranked (ties share their mean rank, a difference of 0 is ranked
+    and counts for neither side, after Pratt 1959); p is the share of all patterns of signs whose
+    ``|sum of signed ranks|`` is at least that found, random patterns beyond 16 pairs. Ranks, since
+    a point on one stream is not worth a point on another.
+
+    The smallest p is ``2 / 2^n``: five data sets cannot fall below 0.0625, whatever the numbers.
+
+    Args:
+        a: ``(n,)`` one number per data set for one method.
+        b: ``(n,)`` for the other.
+        seed: Of the random patterns.
+
+    Raises:
+        DataError: Different lengths, no pair, or a value that is NaN.
+    """
+    plain = paired_permutation(a, b, resamples=1, seed=seed)  # checks; its difference is the mean
+    d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    d = d.round(12)  # equal differences of other numbers may be off in the last bits
+    signed = np.sign(d) * pd.Series(np.abs(d)).rank().to_numpy()
+    ranked = paired_permutation(signed, np.zeros(len(d)), seed=seed)
+    return replace(ranked, difference=plain.difference)
 
 
 def friedman(scores: ArrayLike) -> tuple[float, float]:

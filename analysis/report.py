@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.directions import heading
 from analysis.paper import PaperTable, paper_table
 from analysis.report_data import (
     Sweep,
@@ -33,7 +34,7 @@ from analysis.report_data import (
     seeds,
 )
 from analysis.report_figures import pictures
-from analysis.tables import lower_is_better, summary
+from analysis.tables import summary
 from cl_peft.atomic import write_atomic
 from cl_peft.errors import DataError
 from cl_peft.view import duration, percent
@@ -210,10 +211,7 @@ def _results(sweep: Sweep, reference: str | None) -> str:
 def _paper(title: str, table: PaperTable) -> str:
     head = [str(column) for column in table.rows.columns]
     heads = [f"<th>{escape(text)}</th>" for text in head]
-    for metric in table.metrics:
-        arrow = "↓" if lower_is_better(metric) else "↑"
-        unit = "" if metric in COSTS else " (%)"
-        heads.append(f'<th class="number">{escape(metric.replace("_", " "))}{unit} {arrow}</th>')
+    heads += [f'<th class="number">{escape(heading(metric))}</th>' for metric in table.metrics]
     rows = []
     for k, names in enumerate(table.rows.itertuples(index=False)):
         cells = [f"<th>{escape(_name(name))}</th>" for name in names]

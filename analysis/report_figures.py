@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import pandas as pd
+
 from analysis import figures
-from analysis.figures_style import Drawn
+from analysis.figures_style import Drawn, Incomplete
 from analysis.report_data import Sweep, best_configurations
 from analysis.seeds import rank_configurations
 from cl_peft.errors import DataError
@@ -65,6 +67,9 @@ def plan(sweep: Sweep) -> Iterator[Plan]:
     limit = f" The best {MOST_LINES} of {count} configurations." if count > MOST_LINES else ""
     frame = shown.drop(columns="label")
     upper, lower = _bounds(set(sweep.finished["learner"]))
+    bounds = sweep.finished[sweep.finished["learner"].isin([upper, lower])]
+    # a bound may not be among the best
+    curves = pd.concat([frame[~frame["learner"].isin([upper, lower])], bounds])
     yield from [
         Plan(
             "Sweep overview",
@@ -75,7 +80,7 @@ def plan(sweep: Sweep) -> Iterator[Plan]:
             "Anytime accuracy",
             "Average accuracy over all tasks seen so far; solid as routed, dashed with the oracle; "
             "the band is the 95 % interval over seeds." + limit,
-            lambda: figures.anytime_curve(frame, upper=upper, lower=lower),
+            lambda: figures.anytime_curve(curves, upper=upper, lower=lower),
         ),
         Plan(
             "Stability and plasticity",
@@ -90,7 +95,8 @@ def plan(sweep: Sweep) -> Iterator[Plan]:
         ),
         Plan(
             "Critical difference",
-            "Average ranks over seeds; what a bar joins, the Nemenyi test does not tell apart.",
+            "Average ranks over streams, or over the seeds of the only one; what a bar joins, the "
+            "Nemenyi test does not tell apart.",
             lambda: figures.critical_difference_diagram(rank_configurations(sweep.finished)),
         ),
     ]
@@ -134,11 +140,17 @@ def inline_svg(data: bytes, name: str, alt: str) -> str:
 def _picture(planned: Plan) -> Picture:
     title, caption = planned.title, planned.caption
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing, which are gaps
+            warnings.simplefilter("always", Incomplete)
             data = figures.svg(planned.draw())
     except DataError as error:
         return Picture(title, caption, why=str(error))
+    lacking = [str(w.message) for w in caught if issubclass(w.category, Incomplete)]
+    for w in caught:
+        if not issubclass(w.category, Incomplete):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    caption += "".join(f" {text[0].upper()}{text[1:]}." for text in lacking)
     name = re.sub(r"\W+", "-", title.lower()).strip("-")
     return Picture(title, caption, inline_svg(data, name, title))
 

@@ -2,6 +2,9 @@
 
 All start from the tidy frame of :func:`analysis.load_runs` and use finished runs only: one that
 stopped half-way has numbers over fewer tasks.
+
+Tests and ranks never pool streams. Runs are paired within a stream, by their seeds; over several
+streams each is one number, the mean over its shared seeds (Demsar 2006: seeds are no data sets).
 """
 
 from __future__ import annotations
@@ -13,19 +16,15 @@ from typing import Any
 import pandas as pd
 
 from analysis import ranks as ranking
+from analysis.directions import required_direction
 from analysis.load import SEED_COLUMNS, load_predictions, load_run_table
-from analysis.statistics import (
-    Statistic,
-    bootstrap_interval,
-    holm,
-    paired_permutation,
-)
+from analysis.pairing import in_same_tasks, most_alike, refuse_other_tests
+from analysis.statistics import Statistic, bootstrap_interval, holm, paired_permutation
 from analysis.tables import (
     configuration_columns,
     configuration_labels,
     costs,
     describing_columns,
-    lower_is_better,
     refuse_hidden_differences,
     summary,
 )
@@ -123,48 +122,60 @@ def paired_tests(
     reference: str | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Paired permutation tests between configurations over the seeds they share, Holm corrected.
+    """Paired tests between configurations, Holm corrected.
+
+    Runs of one stream: the permutation test over the seeds that two configurations share; it speaks
+    of seeds only. Of several: Wilcoxon's signed-rank test over streams, each one pair of means over
+    shared seeds (:func:`analysis.wilcoxon`).
 
     Args:
         frame: From :func:`analysis.load_runs`.
         metric: A column of :func:`analysis.summary`.
-        by: Columns that tell configurations apart; None is all but run, state, seeds and stream.
-            Runs are paired that agree in all other describing columns (seeds, stream, ...).
+        by: Columns that tell configurations apart; None is all but run, state and seeds. The stream
+            never does, nor does a group that is one stream's.
+            Runs are paired that agree in all other describing columns (stream, seeds, ...).
         reference: Label of the configuration to test all others against, as in column a and b; None
             tests every pair.
         seed: Of the random sign patterns (more than 16 pairs).
 
     Returns:
         One row per comparison: a, b (labels), difference (a - b), p, p_holm (over all rows), n
-        (pairs), smallest_p (what n pairs can give at best). NaN and n = 0 where two configurations
-        share no seeds.
+        (pairs), smallest_p (what n pairs can give at best), unit (of a pair: "seed" or "stream").
+        NaN and n = 0 where two configurations share no seeds of a stream.
 
     Raises:
-        DataError: No finished run, unknown names, or runs that differ in more than their seeds.
+        DataError: No finished run, unknown names, runs that differ in more than their seeds, or
+            runs of a pair that were tested on other examples (:mod:`analysis.pairing`).
     """
-    scores = score_table(frame, metric=metric, by=by)
+    return compare_columns(score_table(frame, metric=metric, by=by), reference, seed)
+
+
+def compare_columns(scores: pd.DataFrame, reference: str | None, seed: int = 0) -> pd.DataFrame:
+    """:func:`paired_tests` of the columns of a :func:`score_table`."""
     labels = list(scores.columns)
     if reference is not None and reference not in labels:
         raise DataError(
             f"No configuration is called {reference!r}.{did_you_mean(reference, labels)}\n"
             f"  there are: {'; '.join(labels)}"
         )
+    unit = _unit(scores)
     firsts = labels if reference is None else [reference]
     rows = []
     for i, a in enumerate(firsts):
         for b in labels[i + 1 :] if reference is None else labels:
             if a == b:
                 continue
-            both = scores[[a, b]].dropna()
+            both = _blocks(scores[[a, b]].dropna(), unit)
             row: dict[str, Any] = {"a": a, "b": b, "n": len(both)}
             if len(both):
-                test = paired_permutation(both[a], both[b], seed=seed)
+                paired = ranking.wilcoxon if unit == "stream" else paired_permutation
+                test = paired(both[a], both[b], seed=seed)
                 row |= {"difference": test.difference, "p": test.p, "smallest_p": test.smallest_p}
             rows.append(row)
     columns = ["a", "b", "difference", "p", "n", "smallest_p"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(4, "p_holm", holm(table["p"].astype("float64")))
-    return table
+    return table.assign(unit=unit)
 
 
 def rank_configurations(
@@ -174,47 +185,81 @@ def rank_configurations(
     by: Sequence[str] | None = None,
     alpha: float = 0.05,
 ) -> ranking.CriticalDifference:
-    """Ranks of configurations over the seeds and streams that all of them have.
+    """Ranks of configurations over streams, of means over the seeds that all of them have.
+
+    With runs of a single stream, over its seeds, which then says nothing of other streams.
 
     Args:
         frame: From :func:`analysis.load_runs`.
-        metric: A column of :func:`analysis.summary`; forgetting and sizes rank low values first.
+        metric: A column of :func:`analysis.summary` that has a direction.
         by: As in :func:`paired_tests`.
         alpha: Level of the Nemenyi test.
 
     Raises:
-        DataError: As :func:`paired_tests`; or fewer than two configurations or shared blocks.
+        DataError: As :func:`paired_tests`; a metric without a direction; or fewer than two
+            configurations, or streams (seeds of the only stream) that all of them have.
     """
-    scores = score_table(frame, metric=metric, by=by).dropna()
+    higher = required_direction(metric) > 0
+    return rank_columns(score_table(frame, metric=metric, by=by), higher, alpha)
+
+
+def rank_columns(
+    scores: pd.DataFrame, higher_is_better: bool, alpha: float = 0.05
+) -> ranking.CriticalDifference:
+    """:func:`rank_configurations` of the columns of a :func:`score_table`."""
+    unit = _unit(scores)
     return ranking.critical_difference(
-        scores, alpha=alpha, higher_is_better=not lower_is_better(metric)
+        _blocks(scores.dropna(), unit), alpha=alpha, higher_is_better=higher_is_better, unit=unit
     )
 
 
 def score_table(
-    frame: pd.DataFrame, *, metric: str, by: Sequence[str] | None = None
+    frame: pd.DataFrame,
+    *,
+    metric: str,
+    by: Sequence[str] | None = None,
+    leave_out: bool = False,
 ) -> pd.DataFrame:
-    """Final numbers with one row per seed (and stream) and one column per configuration.
+    """Final numbers with one row per stream and seed and one column per configuration.
 
     Args:
         frame: From :func:`analysis.load_runs`.
         metric: A column of :func:`analysis.summary` or :func:`analysis.costs`.
         by: As in :func:`paired_tests`.
+        leave_out: Leave out runs that were tested on other examples than most, instead of refusing.
+
+    Returns:
+        Index (stream, block); block names the seeds and whatever else pairs runs.
 
     Raises:
         DataError: As :func:`paired_tests`.
     """
     runs = final_numbers(frame, [metric])
-    keys = _keys(frame, by, "stream")
-    on = [c for c in describing_columns(frame) if c not in (*keys, "run", "state", "group")]
+    keys = method_keys(runs, configuration_columns(frame) if by is None else by)
+    about = ("run", "state", "group", "tests")
+    on = [c for c in describing_columns(frame) if c not in (*keys, *about)]
     refuse_hidden_differences(runs, list(dict.fromkeys([*keys, *on])))
+    if not leave_out:
+        refuse_other_tests(runs, on)
     runs = runs.assign(label=configuration_labels(runs, keys))
     if not (runs["label"] != "").any():
         runs["label"] = "all runs"
+    labels = list(dict.fromkeys(runs["label"]))
+    runs = most_alike(runs, on) if leave_out else runs
     # blocks as text: a configuration key that some runs lack would drop them from the pivot
-    blocks = runs[on].astype("str").fillna("none").agg(", ".join, axis=1)
-    wide = runs.assign(block=blocks).pivot(index="block", columns="label", values=metric)
-    return wide[list(dict.fromkeys(runs["label"]))].rename_axis(columns=None)
+    rest = [column for column in on if column != "stream"]
+    blocks = runs[rest].astype("str").fillna("none").agg(", ".join, axis=1)
+    wide = runs.assign(block=blocks).pivot(
+        index=["stream", "block"], columns="label", values=metric
+    )
+    return wide.reindex(columns=labels).rename_axis(columns=None)
+
+
+def method_keys(runs: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+    """Those of ``keys`` that tell methods apart: not the stream, nor groups of one stream each."""
+    pairs = runs[["group", "stream"]].drop_duplicates()
+    single = len(pairs) > 1 and pairs["group"].is_unique and pairs["stream"].is_unique
+    return [key for key in keys if key != "stream" and not (single and key == "group")]
 
 
 def example_pairs(
@@ -229,7 +274,8 @@ def example_pairs(
         b: What selects those of the second.
 
     Raises:
-        DataError: An unknown column, no seeds in common, or several runs with the same seeds.
+        DataError: An unknown column, no seeds in common, several runs with the same seeds, or two
+            runs of a pair that were not tested on the same examples in the same tasks.
     """
     chosen = []
     for what in (a, b):
@@ -245,13 +291,24 @@ def example_pairs(
     both = pd.concat(chosen, axis=1, keys=["a", "b"], join="inner")
     if both.empty:
         raise DataError(f"{dict(a)} and {dict(b)} have no finished runs with the same seeds.")
+    folders = list(both.itertuples(index=False, name=None))
+    for x, y in folders:
+        in_same_tasks(x, y)
     return [
-        (load_predictions(x, after_task=-1), load_predictions(y, after_task=-1))
-        for x, y in both.itertuples(index=False)
+        (load_predictions(x, after_task=-1), load_predictions(y, after_task=-1)) for x, y in folders
     ]
 
 
 # ---------------------------------------------------------------- parts
+
+
+def _unit(scores: pd.DataFrame) -> str:
+    return "stream" if scores.index.get_level_values("stream").nunique() > 1 else "seed"
+
+
+def _blocks(scores: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """One row per pair or block: a seed of the only stream, or a stream's mean over seeds."""
+    return scores.groupby(level="stream").mean() if unit == "stream" else scores
 
 
 def _keys(frame: pd.DataFrame, by: Sequence[str] | None, strata: str | None) -> list[str]:

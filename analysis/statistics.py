@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from analysis.pairing import in_same_tasks
 from cl_peft.errors import DataError
 
 NAN = float("nan")
@@ -282,7 +283,8 @@ def compare_examples(
         seed: Of the resampling.
 
     Raises:
-        DataError: No pairs; or two runs of a pair were not tested on the same examples.
+        DataError: No pairs; or two runs of a pair were not tested on the same examples, which is
+            checked by content (:mod:`analysis.pairing`) where the frames say whose they are.
     """
     if not pairs:
         raise DataError("There is no pair of runs to compare.")
@@ -319,6 +321,9 @@ def _joined(a: pd.DataFrame, b: pd.DataFrame, prediction: str) -> pd.DataFrame:
                 f"The {name} frame must hold each example of one evaluation once; load it with "
                 "load_predictions(folder, after_task=-1)."
             )
+    folders = [frame.attrs.get("run_folder") for frame in (a, b)]
+    if folders[0] is not None and folders[1] is not None:
+        in_same_tasks(folders[0], folders[1])
     columns = [*key, prediction]
     both = a[columns].merge(b[columns], on=key, suffixes=("_a", "_b"))
     if not len(both) == len(a) == len(b):

@@ -315,8 +315,9 @@ def describing_columns(frame: pd.DataFrame) -> list[str]:
 
 
 def configuration_columns(frame: pd.DataFrame) -> list[str]:
-    """Describing columns that tell configurations apart: all but the run, its state, its seeds."""
-    return [c for c in describing_columns(frame) if c not in ("run", "state", *SEED_COLUMNS)]
+    """Describing columns that tell configurations apart: all but run, state, seeds and tests."""
+    hidden = ("run", "state", *SEED_COLUMNS, "tests")
+    return [c for c in describing_columns(frame) if c not in hidden]
 
 
 def configuration_labels(rows: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
@@ -345,12 +346,6 @@ def _named(key: str, shown: str, value: object) -> str:
     if key.endswith(".name") or (isinstance(value, str) and "." not in key):
         return str(value)
     return f"{shown} {value}"
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a small value of a metric or of a column of :func:`summary` is the good one."""
-    bad = ("forgetting", "routing_loss")
-    return metric.startswith(bad) or metric.endswith(("_parameters", "_bytes", "seconds"))
 
 
 def refuse_hidden_differences(runs: pd.DataFrame, keys: Sequence[str]) -> None:

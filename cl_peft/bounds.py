@@ -24,6 +24,7 @@ import numpy as np
 from cl_peft import metrics
 from cl_peft.atomic import write_atomic
 from cl_peft.config import run_id, validate
+from cl_peft.errors import DamagedRunError, DataError
 from cl_peft.view import ResultView
 
 #: Names of a run's baselines, kept in its folder.
@@ -96,15 +97,20 @@ class Bounds:
 
 
 def read(folder: Path) -> Bounds | None:
-    """A finished run's bounds; None where it was run without."""
+    """A finished run's bounds; None where it was run without.
+
+    A baseline that was deleted since, is not finished, or was tested on other examples (the data
+    changed in between) is left out, and what needs it is NaN.
+    """
     path = folder / FILE
     if not path.exists():
         return None
-    views = {
-        name: ResultView.from_folder(folder.parent / run)
-        for name, run in json.loads(path.read_text()).items()
-    }
     own = ResultView.from_folder(folder)
+    names = json.loads(path.read_text())
+    found = {name: _beside(own, folder.parent / run) for name, run in names.items()}
+    views = {name: view for name, view in found.items() if view is not None}
+    if not views:
+        return None
     R = own.matrix("routed")
     diagonals = {name: np.diagonal(v.matrix("routed")) for name, v in views.items()}
     accuracy = {name: v.value("average_accuracy", "routed") for name, v in views.items()}
@@ -120,6 +126,18 @@ def read(folder: Path) -> Bounds | None:
         gain_over_frozen=_mean(np.diagonal(R) - frozen),
         forward_transfer=metrics.forward_transfer(R, frozen) if len(R) > 1 else math.nan,
     )
+
+
+def _beside(own: ResultView, folder: Path) -> ResultView | None:
+    """A baseline that can stand beside a run, or None."""
+    from analysis.pairing import in_same_tasks
+
+    try:
+        view = ResultView.from_folder(folder)
+        alike = view.state == "finished" and in_same_tasks(own.folder, folder)
+    except (DamagedRunError, DataError):
+        return None
+    return view if alike else None
 
 
 def _mean(values: np.ndarray) -> float:

@@ -173,6 +173,7 @@ def describe(stream: Stream) -> dict[str, Any]:
             "train": len(t.train),
             "validation": len(t.validation),
             "test": len(t.test),
+            "test_digest": stream.test_digest(t),
         }
         for t in stream.tasks
     ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,26 @@ def test_baselines_are_those_learners_and_nothing_else_changes(bounded):
         }[name]  # fmt: skip
         for axis in ("stream", "backbone", "optimizer", "trainer", "seed"):
             assert other[axis] == main[axis]
+
+
+def test_a_baseline_that_cannot_stand_beside_a_run_is_left_out(bounded, tmp_path):
+    group = shutil.copytree(bounded[0].parent, tmp_path / "group")
+    folder = group / bounded[0].name
+    names = json.loads((folder / "bounds.json").read_text())
+    whole = bounds.read(folder)
+    stream = group / names["upper"] / "stream.json"
+    content = json.loads(stream.read_text())
+    content["tasks"][1]["test_digest"] = "0" * 16  # its data have changed since
+    stream.write_text(json.dumps(content))
+    shutil.rmtree(group / names["lower"])
+    found = bounds.read(folder)
+    assert found.accuracy == {"frozen": whole.accuracy["frozen"]}
+    assert found.gain_over_frozen == whole.gain_over_frozen
+    assert math.isnan(found.share_of_gap)
+    assert math.isnan(found.intransigence)
+    status = group / names["frozen"] / "status.json"
+    status.write_text(status.read_text().replace("finished", "failed"))
+    assert bounds.read(folder) is None
 
 
 def test_again_everything_is_recognised(bounded, capsys):

@@ -63,7 +63,7 @@ def test_too_few_runs_are_said(group, capsys):
         *_, last = warned(["table", group, "--format", form], capsys)
         assert last == (
             "warning: too few runs: the smallest p that 2 pairs can give is 0.5, 0.5 after "
-            "correction, so nothing here can be significant"
+            "correction, so nothing here can be significant: that takes 6 pairs"
         )
 
 
@@ -184,6 +184,14 @@ def test_table_in_three_forms(group, tmp_path, capsys):
     assert main(["table", str(group), *wanted, "--format", "latex", "-o", str(file)]) == 0
     assert capsys.readouterr().out.strip() == str(file)
     assert r"\toprule" in file.read_text()
+    assert r"\caption" not in file.read_text()
+    caption = ["--format", "latex", "--caption", "50 % of R&D_1"]
+    assert main(["table", str(group), *wanted, *caption]) == 0
+    latex = capsys.readouterr().out
+    assert r"\caption{50 \% of R\&D\_1}" in latex
+    assert "Mean of 2 runs" in latex  # the notes are in the environment too
+    assert main(["table", str(group), *wanted, "--caption", "x"]) == 2
+    assert "--caption is of --format latex" in capsys.readouterr().err
     assert main(["table", str(group), *wanted, "--format", "csv"]) == 0
     assert float(pd.read_csv(io.StringIO(capsys.readouterr().out))[wanted[1]][0]) == pytest.approx(
         sum(final) / 2

@@ -79,6 +79,7 @@ def test_provenance(smoke_run):
     assert facts["git_revision"] == revision
     assert facts["git_dirty"] in ((True, False) if revision else (None,))
     assert facts["stream_fingerprint"] == stream["fingerprint"]
+    assert all(len(task["test_digest"]) == 16 for task in stream["tasks"])
     assert len(facts["backbone_fingerprint"]) == 64
     assert facts["packages"]["torch"].startswith("2.")
     assert {"transformers", "numpy", "pandas", "safetensors"} <= set(facts["packages"])

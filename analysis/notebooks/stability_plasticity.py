@@ -82,7 +82,8 @@ show(analysis.stability_plasticity(frame, by=keys), "stability_plasticity")
 # %% [markdown]
 # ## As tasks arrive
 # Between the bounds where they are there: joint training sees all data at once; the sequential
-# learner changes one module and protects nothing.
+# learner changes one module and protects nothing. A warning names settings and seeds for which a
+# bound was not run; what there is is drawn.
 
 # %%
 learners = set(frame["learner"])

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import analysis
 from analysis import figures
+from analysis.seeds import method_keys
 from analysis.tables import configuration_labels
 from cl_peft.errors import DataError
 
@@ -88,6 +89,10 @@ show(analysis.sweep_overview(frame, by=keys), "overview")
 # Best in bold, second underlined. A dagger marks what differs from the best of its column, by a
 # paired permutation test over seeds with Holm's correction. The note says the smallest p that the
 # seeds can give: with few of them nothing can be significant, however large the difference.
+#
+# With several streams, all of that is within each of them, and the note ranks configurations over
+# streams. A test over the seeds of one stream speaks of seeds only, not of other streams. Sizes
+# have no best: the smallest run is the one that learned nothing.
 
 # %%
 METRICS = ["average_accuracy_oracle", "average_accuracy_routed", "forgetting_routed"]
@@ -109,7 +114,8 @@ table(analysis.intervals(frame, metric=METRICS[1:2], by=keys, statistic="iqm"))
 
 # %% [markdown]
 # ## Ranks
-# Over all seeds and streams that every configuration has. Configurations under one bar are not told
+# Over streams (Demšar 2006): within each, the means over the seeds that every configuration has are
+# ranked. Where there is only one stream, over its seeds. Configurations under one bar are not told
 # apart.
 
 # %%
@@ -123,17 +129,21 @@ except DataError as reason:
 # %% [markdown]
 # ## Best against second
 # The two runs with equal seeds whose configurations came first and second: what differs in their
-# configuration, in their numbers, and example by example.
+# configuration, in their numbers, and example by example. Runs that were tested on other examples
+# are not compared; the reason is printed.
 
 # %%
 SEEDS = ["stream", "seed_order", "seed_init", "seed_data"]
-scores = analysis.score_table(frame, metric="average_accuracy_routed", by=keys)
-order = scores.mean().sort_values(ascending=False).index
-if len(order) > 1:
-    runs = analysis.summary(frame).merge(jobs[["group", "run", "folder"]], on=["group", "run"])
-    labels = configuration_labels(runs, keys)
-    first, second = (runs[labels == name][[*SEEDS, "folder"]] for name in order[:2])
-    pairs = first.merge(second, on=SEEDS)
-    if len(pairs):
-        both = pairs.iloc[0]
-        print(analysis.compare_runs(both["folder_x"], both["folder_y"]).to_text(most=5))
+runs = analysis.summary(frame).merge(jobs[["group", "run", "folder"]], on=["group", "run"])
+labels = configuration_labels(runs, method_keys(runs, keys))
+try:
+    scores = analysis.score_table(frame, metric="average_accuracy_routed", by=keys)
+    best = scores.groupby(level="stream").mean().mean().sort_values(ascending=False).index
+    if len(best) > 1:
+        first, second = (runs[labels == name][[*SEEDS, "folder"]] for name in best[:2])
+        pairs = first.merge(second, on=SEEDS)
+        if len(pairs):
+            both = pairs.iloc[0]
+            print(analysis.compare_runs(both["folder_x"], both["folder_y"]).to_text(most=5))
+except DataError as reason:
+    print(reason)

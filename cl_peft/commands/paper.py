@@ -24,7 +24,8 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
         "table",
         help="configurations against metrics, as Markdown, LaTeX or CSV",
         description="Mean over seeds with 95 % intervals; best in bold, second underlined, and a "
-        "dagger where a paired permutation test with Holm's correction tells from the best.",
+        "dagger where a paired test with Holm's correction tells from the best. Several streams "
+        "are never pooled: marks are within each, and the notes rank configurations over them.",
     )
     table.add_argument("folder", type=Path, help="group folder, runs/GROUP, or all of runs")
     table.add_argument(
@@ -36,6 +37,9 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
     table.add_argument("--format", choices=["markdown", "latex", "csv"], default="markdown")
     table.add_argument(
         "--reference", metavar="LABEL", help="configuration to test others against; default best"
+    )
+    table.add_argument(
+        "--caption", metavar="TEXT", help="with --format latex: a table environment with the notes"
     )
     table.add_argument("-o", "--output", type=Path, help="file to write; default the terminal")
     table.set_defaults(run=_table)
@@ -55,11 +59,15 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
 def _table(options: argparse.Namespace) -> int:
     from analysis.paper import DEFAULT_METRICS, paper_table
 
+    if options.caption is not None and options.format != "latex":
+        raise DataError("--caption is of --format latex; Markdown and CSV have none.")
     metrics = options.metrics or DEFAULT_METRICS
     frame = _sweep(options.folder).finished
     found = paper_table(frame, metric=metrics, reference=options.reference)
-    forms = {"markdown": found.to_markdown, "latex": found.to_latex, "csv": found.to_csv}
-    text = forms[options.format]()
+    if options.format == "latex":
+        text = found.to_latex(caption=options.caption)
+    else:
+        text = found.to_markdown() if options.format == "markdown" else found.to_csv()
     if options.output is None:
         print(text, end="" if text.endswith("\n") else "\n")
     else:

@@ -168,6 +168,19 @@ class Stream:
                     digest.update(content_id(item).encode())
         return digest.hexdigest()
 
+    def test_digest(self, task: Task) -> str:
+        """Name of a task's test examples, 64 bits as 16 hex digits.
+
+        The sum, modulo 2^64, over its examples, of 64 bits of BLAKE2b over row, class name and
+        content. A sum knows no order, so the digests of all tasks add up to the same whatever the
+        tasks' order is, or their number.
+        """
+        total, test = 0, task.test
+        for row, label, item in zip(test.rows, test.labels, test.inputs, strict=True):
+            name = repr((int(row), self.class_names[int(label)], content_id(item))).encode()
+            total += int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+        return f"{total % 2**64:016x}"
+
 
 def content_id(item: Any) -> str:  # noqa: ANN401 (a text or an array)
     """Name of one input by its content: 128 bits of BLAKE2b, as hex.

@@ -58,6 +58,24 @@ def grid(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def streams(tmp_path_factory):
+    """Two routers by three streams by two seeds, of which one stream is hard for both."""
+    root = tmp_path_factory.mktemp("streams")
+    for k, stream in enumerate(("easy", "middle", "hard")):
+        for router in ("ridge", "prototype"):
+            for seed in range(2):
+                name = f"{stream}-{router}-{seed}"
+                learner = "sequential" if stream == "hard" else "isolated"
+                options = {"router": router, "seed": 7 * k + seed, "stream": stream}
+                run = _write_run(root / "g" / name, learner=learner, **options)
+                config = yaml.safe_load((run / "config.yaml").read_text())
+                config["learner"] = {"name": "isolated"}
+                config["seed"] = dict.fromkeys(config["seed"], seed)  # the same seeds everywhere
+                (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
 def _write_run(
     folder,
     *,
@@ -69,6 +87,8 @@ def _write_run(
     state="finished",
     rank=8,
     only_last=False,
+    stream="newsgroups",
+    digests=True,
 ):
     """Write one run.
 
@@ -82,6 +102,8 @@ def _write_run(
         state: Goes into status.json; only "finished" has the final files.
         rank: module.rank in the configuration; below 8 some more answers are wrong.
         only_last: Evaluate after the last task only, as the joint learner may.
+        stream: Its name; equal names have equal test examples.
+        digests: Whether stream.json holds those of the test examples; older runs' did not.
     """
     done = tasks if done is None else done
     predictions = _answers(learner, router, rank, seed, tasks, done)
@@ -91,7 +113,7 @@ def _write_run(
     folder.mkdir(parents=True)
     config = {
         "group": folder.parent.name,
-        "stream": {"name": "newsgroups", "tasks": tasks},
+        "stream": {"name": stream, "tasks": tasks},
         "backbone": {"name": "minilm"},
         "module": {"name": "lora", "rank": rank, "sites": ["query", "value"]},
         "router": {"name": router, "alpha": None},
@@ -103,13 +125,14 @@ def _write_run(
     _write_json(
         folder / "stream.json",
         {
-            "name": "newsgroups",
+            "name": stream,
             "scenario": "class",
             "class_names": [f"topic {c}" for c in range(2 * tasks)],
-            "fingerprint": "f" * 64,
+            "fingerprint": hashlib.sha256(stream.encode()).hexdigest(),
             "tasks": [
                 {"task": t, "name": f"task {t}", "classes": [2 * t - 2, 2 * t - 1]}
                 | {"train": 64, "validation": 8, "test": 40}
+                | ({"test_digest": _test_digest(stream, t)} if digests else {})
                 for t in range(1, tasks + 1)
             ],
         },
@@ -143,6 +166,10 @@ def _write_run(
     for name in ("config.yaml", "status.json"):
         (folder / "wandb" / "offline" / name).write_text("{}")
     return folder
+
+
+def _test_digest(stream, task):
+    return hashlib.blake2b(f"{stream} {task}".encode(), digest_size=8).hexdigest()
 
 
 def _answers(learner, router, rank, seed, tasks, done):

@@ -137,7 +137,7 @@ def test_another_order_is_matched_by_class_and_row(two):
     stream["class_names"] = stream["class_names"][::-1]
     (two[1] / "stream.json").write_text(json.dumps(stream))
     result = analysis.compare_runs(*two)
-    assert "Other tasks or test data" in result.notes[0]
+    assert "Other tasks: " in result.notes[0]
     assert result.tasks.empty
     assert result.metrics["low"].isna().all()
     a, b = (last(run).reset_index() for run in two)

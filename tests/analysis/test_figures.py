@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 import analysis
 from analysis import figures
-from analysis.figures_style import look, new_figure
+from analysis.figures_style import GREY, Incomplete, look, new_figure
 from cl_peft.errors import DataError
 
 NAN = float("nan")
@@ -172,8 +172,61 @@ def test_anytime_bounds(tmp_path, write_run):
     assert list(flat.get_xdata()) == [1, 4]  # known at the end only, so a level
     assert list(flat.get_ydata()) == [joint, joint]
     assert len(ax.lines) == 4  # two bounds; isolated, oracle and routed
-    with pytest.raises(DataError, match="No run of learner 'frozen'"):
-        analysis.anytime_curve(frame, lower="frozen")
+
+
+def grey_lines(ax):
+    """What bounds are drawn as."""
+    return [line for line in ax.lines if line.get_color() == GREY]
+
+
+def test_anytime_without_a_bound_draws_the_rest(sweep):
+    frame = analysis.load_runs(sweep)
+    with pytest.warns(Incomplete, match="no lower bound: no run of learner 'frozen'"):
+        ax = analysis.anytime_curve(frame, lower="frozen")
+    assert len(ax.lines) == 4
+    assert "frozen (lower bound)" not in legend(ax)
+
+
+def test_bounds_of_some_runs_only(tmp_path, write_run):
+    """Three seeds by two ranks; the bound lacks one seed of one rank."""
+    for seed in range(3):
+        for rank in (4, 16):
+            write_run(tmp_path / "g" / f"isolated-{rank}-{seed}", seed=seed, rank=rank)
+            if (seed, rank) != (2, 4):
+                name = f"sequential-{rank}-{seed}"
+                write_run(tmp_path / "g" / name, learner="sequential", seed=seed, rank=rank)
+    frame = analysis.load_runs(tmp_path, config="varying")
+    expected = r"lower bound \(sequential\) lacks runs for 1 of 6 .* others: rank 4 seeds 2.2.2$"
+    with pytest.warns(Incomplete, match=expected):
+        ax = analysis.anytime_curve(frame, lower="sequential")
+    lines = grey_lines(ax)
+    assert len(lines) == 2  # a line per rank, not their mean
+    runs = analysis.summary(frame)
+    assert sorted(text.get_text() for text in ax.texts) == ["rank 16", "rank 4"]
+    for text, line in zip(ax.texts, lines, strict=True):
+        rank = int(text.get_text().split()[1])
+        mine = runs[(runs["learner"] == "sequential") & (runs["module.rank"] == rank)]
+        assert line.get_ydata()[-1] == pytest.approx(mine["average_accuracy_routed"].mean())
+        assert len(mine) == (2 if rank == 4 else 3)
+
+
+def test_bounds_evaluated_after_different_tasks(tmp_path, write_run):
+    """One joint run was evaluated in the end only: its level must not bend the others' curve."""
+    for seed in range(2):
+        write_run(tmp_path / "g" / f"isolated-{seed}", seed=seed)
+        write_run(tmp_path / "g" / f"joint-{seed}", learner="joint", seed=seed, only_last=seed == 1)
+    frame = analysis.load_runs(tmp_path)
+    (line,) = grey_lines(analysis.anytime_curve(frame, upper="joint"))
+    final = analysis.summary(frame).query("learner == 'joint'")["average_accuracy_routed"].mean()
+    assert list(line.get_xdata()) == [1, 4]
+    assert list(line.get_ydata()) == pytest.approx([final, final])
+
+
+def test_an_unfinished_bound_is_no_level(tmp_path, write_run):
+    write_run(tmp_path / "g" / "isolated")
+    write_run(tmp_path / "g" / "joint", learner="joint", done=1, state="running")
+    (line,) = grey_lines(analysis.anytime_curve(analysis.load_runs(tmp_path), upper="joint"))
+    assert list(line.get_xdata()) == [1]
 
 
 def test_anytime_curve_of_one_run_has_no_band(sweep):

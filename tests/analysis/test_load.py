@@ -20,7 +20,7 @@ from cl_peft.errors import DamagedRunError, DataError, UserError
 
 COLUMNS = [
     *("run", "group", "state", "module", "router", "learner", "stream", "backbone"),
-    *("seed_order", "seed_init", "seed_data"),
+    *("seed_order", "seed_init", "seed_data", "tests"),
     *("after_task", "eval_task", "routing", "metric", "value"),
 ]
 
@@ -261,7 +261,7 @@ def test_varying_keys_are_all_but_the_seeds(tmp_path, write_run):
     assert analysis.varying_keys(jobs) == ["module.rank", "router.name"]
     assert analysis.varying_keys(jobs, ignore=["module.rank"]) == ["module.scale", "router.name"]
     frame = analysis.load_runs(tmp_path, config="varying")
-    assert list(frame.columns) == [*COLUMNS[:11], "module.rank", *COLUMNS[11:]]
+    assert list(frame.columns) == [*COLUMNS[:12], "module.rank", *COLUMNS[12:]]
     assert analysis.varying_keys(frame) == ["router", "module.rank"]
     assert analysis.varying_keys(jobs.head(1)) == []
 

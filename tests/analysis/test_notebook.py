@@ -1,3 +1,4 @@
+import json
 import runpy
 from pathlib import Path
 
@@ -122,4 +123,24 @@ def test_sweep_to_paper_on_a_sweep_that_still_runs(tmp_path, write_run, monkeypa
     run_notebook(monkeypatch, tmp_path, name="sweep_to_paper")
     printed = capsys.readouterr().out
     assert "| g | b | running | 2 | 4 |" in printed
-    assert "Ranks need at least 2 blocks" in printed
+    assert "Ranks need at least 2 seeds" in printed
+
+
+def test_sweep_to_paper_over_streams(streams, monkeypatch, capsys):
+    names = run_notebook(monkeypatch, streams, name="sweep_to_paper")
+    printed = capsys.readouterr().out
+    assert "Bold: best of each stream" in printed
+    assert "Friedman over 3 streams and 2 methods" in printed
+    assert "# g/easy-ridge-0 (a) and g/easy-prototype-0 (b)" in printed
+    assert names["best"].tolist() == ["ridge", "prototype"]
+
+
+@pytest.mark.parametrize("name", ["routers_compared", "sweep_to_paper"])
+def test_runs_that_cannot_be_paired_are_said(tmp_path, write_run, monkeypatch, capsys, name):
+    run = write_run(tmp_path / "g" / "a")
+    write_run(tmp_path / "g" / "b", router="prototype")
+    stream = json.loads((run / "stream.json").read_text())
+    stream["tasks"][0]["test_digest"] = "0" * 16
+    (run / "stream.json").write_text(json.dumps(stream))
+    run_notebook(monkeypatch, tmp_path, name=name)
+    assert "Runs g/a and g/b cannot be paired" in capsys.readouterr().out

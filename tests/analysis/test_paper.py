@@ -10,6 +10,7 @@ import pytest
 
 import analysis
 from analysis.paper import escape_latex
+from analysis.paper_notes import pairs_needed
 from analysis.seeds import final_numbers
 from cl_peft.errors import DataError
 
@@ -239,8 +240,9 @@ def test_latex_table(frame):
     assert len(rows) == 9
     assert all(line.count(" & ") == 4 for line in rows)
     assert r"average accuracy routed (\%) $\uparrow$" in rows[0]
-    assert sum(r"\textbf{" in line for line in rows) == 3  # one accuracy, two equal sizes
+    assert sum(r"\textbf{" in line for line in rows) == 1  # sizes are neither best nor worst
     assert r"\underline{" in table.to_latex()
+    assert rows[0].endswith(r"& stored parameters \\")
     assert r"$\pm$" in rows[1]
     whole = table.to_latex(caption="50% of R&D_1", label="tab:a")
     assert r"\caption{50\% of R\&D\_1}" in whole
@@ -284,6 +286,129 @@ def test_csv_holds_all_digits(grid, frame):
         assert float(row[ROUTED]) == pytest.approx(values.mean(), abs=1e-15)
         assert float(row[f"{ROUTED}_high"]) == analysis.bootstrap_interval(values).high
         assert row[f"{ROUTED}_n"] == "5"
+
+
+# ---------------------------------------------------------------- several streams
+
+
+def means(frame):
+    """Accuracy of each router (columns) on each stream, the mean over seeds."""
+    runs = analysis.summary(frame)
+    return runs.pivot_table(index="stream", columns="router", values=ROUTED)
+
+
+def test_best_and_tests_are_within_each_stream(streams):
+    frame = analysis.load_runs(streams)
+    table = analysis.paper_table(frame, metric=[ROUTED], interval="none")
+    assert list(table.rows.columns) == ["router", "stream"]
+    cells = table.cells.assign(**{c: table.rows[c].to_numpy() for c in table.rows})
+    for stream, expected in means(frame).iterrows():
+        mine = cells[cells["stream"] == stream].set_index("router")
+        assert mine["estimate"].to_dict() == pytest.approx(expected.to_dict())
+        assert mine["rank"].to_dict() == {expected.idxmax(): 1, expected.idxmin(): 2}
+        values = [
+            frame[(frame["stream"] == stream) & (frame["router"] == router)]
+            for router in ("ridge", "prototype")
+        ]
+        p = analysis.paired_permutation(*(analysis.summary(v)[ROUTED] for v in values)).p
+        # Holm over the comparisons of all three streams
+        assert mine.loc[expected.idxmin(), "p_holm"] == min(1.0, 3 * p)
+    text = " ".join(table.notes)
+    assert "Bold: best of each stream" in text
+    assert "so it speaks of seeds only; Holm over 3 comparisons" in text
+    assert "The smallest p that 2 pairs can give is 0.5, 1 after correction" in text
+    assert "that takes 7 pairs" in text  # 3 * 2 / 2^7 = 0.047
+    ranks = means(frame).rank(axis=1, ascending=False).mean()
+    assert "over 3 streams, means over shared seeds ranked within each (Demšar 2006): " in text
+    for router, rank in ranks.items():
+        assert f"{router} {rank:.2f}" in text
+    named = analysis.paper_table(frame, metric=[ROUTED], reference="prototype")
+    assert "differs from prototype" in " ".join(named.notes)
+
+
+def test_a_stream_is_one_number_however_many_seeds(streams):
+    """Six pairs of seeds could reach p = 0.031; three streams cannot."""
+    frame = analysis.load_runs(streams)
+    (row,) = analysis.paired_tests(frame).to_dict("records")
+    assert (row["n"], row["unit"], row["smallest_p"]) == (3, "stream", 0.25)
+    each = means(frame)
+    assert row["p"] == analysis.wilcoxon(each[row["a"]], each[row["b"]]).p
+    assert row["difference"] == pytest.approx((each[row["a"]] - each[row["b"]]).mean())
+    result = analysis.rank_configurations(frame)
+    assert (result.n, result.unit) == (3, "stream")
+    assert result.ranks.to_dict() == pytest.approx(
+        each.rank(axis=1, ascending=False).mean().to_dict()
+    )
+    assert "Friedman over 3 streams" in result.note()
+    # seeds that only one of them has do not count, nor a stream without any shared
+    alone = (frame["router"] == "ridge") & (
+        (frame["stream"] == "hard") | ((frame["stream"] == "easy") & (frame["seed_init"] == 0))
+    )
+    (few,) = analysis.paired_tests(frame[~alone]).to_dict("records")
+    assert (few["n"], few["smallest_p"]) == (2, 0.5)
+
+
+def test_means_over_streams(streams):
+    frame = analysis.load_runs(streams)
+    for table in (
+        analysis.paper_table(frame, metric=[ROUTED], strata="stream"),
+        analysis.paper_table(frame, metric=[ROUTED], by=["router"]),
+    ):
+        assert len(table.rows) == 2
+        assert table.cells["estimate"].tolist() == pytest.approx(
+            means(frame).mean()[table.rows["router"]].tolist()
+        )
+        text = " ".join(table.notes)
+        assert "Wilcoxon's signed-rank test over streams" in text
+        assert "that takes 6 pairs" in text
+        assert "weighs more" not in text
+    less = frame[(frame["stream"] != "hard") | (frame["router"] == "ridge")]
+    assert "weighs more" in " ".join(analysis.paper_table(less, strata="stream").notes)
+
+
+def test_groups_of_one_stream_each(streams):
+    """Each stream in a group of its own, as runs lie by default."""
+    frame = analysis.load_runs(streams)
+    frame["group"] = frame["stream"]
+    (row,) = analysis.paired_tests(frame).to_dict("records")
+    assert (row["n"], row["a"], row["b"]) == (3, "prototype", "ridge")
+
+
+def test_one_stream_speaks_of_seeds_only(frame):
+    assert set(analysis.paired_tests(frame)["unit"]) == {"seed"}
+    assert "Friedman over 5 seeds of one stream (so about its seeds only)" in (
+        analysis.rank_configurations(frame).note()
+    )
+    table = analysis.paper_table(frame, metric=[ROUTED])
+    assert "over the seeds of one stream, so it speaks of seeds only" in " ".join(table.notes)
+
+
+def test_a_table_of_runs_that_cannot_be_paired(tmp_path, write_run):
+    """Three routers over six seeds, one of them tested on other examples."""
+    for router in ("ridge", "prototype", "other"):
+        for seed in range(6):
+            run = write_run(tmp_path / "g" / f"{router}-{seed}", router=router, seed=seed)
+            if router == "other":
+                text = (run / "stream.json").read_text()
+                text = re.sub(
+                    '"test_digest": "[0-9a-f]+"', '"test_digest": "0123456789abcdef"', text
+                )
+                (run / "stream.json").write_text(text)
+    frame = analysis.load_runs(tmp_path)
+    table = analysis.paper_table(frame, metric=[ROUTED], reference="ridge")
+    (note,) = [note for note in table.notes if note.startswith("Tests leave out")]
+    assert "cannot be paired: they were tested on other examples" in note
+    assert table.cells["estimate"].notna().all()
+    p = table.cells.set_index(table.rows["router"])["p_holm"]
+    whole = analysis.paper_table(frame[frame["router"] != "other"], reference="ridge").cells
+    assert p["prototype"] == whole["p_holm"].iloc[2]
+    assert p[["ridge", "other"]].isna().all()
+
+
+@pytest.mark.parametrize(("alpha", "family", "pairs"), [(0.05, 1, 6), (0.05, 3, 7), (0.125, 1, 5)])
+def test_pairs_needed(alpha, family, pairs):
+    assert pairs_needed(alpha, family) == pairs
+    assert analysis.smallest_p(pairs) * family < alpha <= analysis.smallest_p(pairs - 1) * family
 
 
 def test_interquartile_mean_in_a_table(grid, frame):

@@ -77,7 +77,7 @@ ROUTED = {
 ERRORS = {
     "router accuracy (%) ↑": ("router_accuracy", "none"),
     "routing loss (%) ↓": ("routing_loss", "none"),
-    "misroute luck (%) ↑": ("misroute_luck", "none"),
+    "misroute luck (%)": ("misroute_luck", "none"),
     "forgetting module drift (%) ↓": ("forgetting_module_drift", "none"),
     "forgetting routing drift (%) ↓": ("forgetting_routing_drift", "none"),
 }

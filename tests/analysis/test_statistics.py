@@ -244,6 +244,28 @@ def test_examples_must_be_the_same():
 # ---------------------------------------------------------------- ranks
 
 
+@pytest.mark.parametrize("n", [3, 6, 9])
+def test_wilcoxon_agrees_with_scipy(rng, n):
+    for digits in (1, 8):  # with ties and differences of zero, and without
+        a, b = rng.normal(size=n).round(digits), rng.normal(0.5, size=n).round(digits)
+        b[0] = a[0] if digits == 1 else b[0]
+        mine = analysis.wilcoxon(a, b)
+        every = scipy.stats.PermutationMethod(n_resamples=np.inf)
+        theirs = scipy.stats.wilcoxon((a - b).round(12), zero_method="pratt", method=every)
+        assert mine.p == pytest.approx(theirs.pvalue)
+        assert mine.difference == pytest.approx(np.mean(a - b))
+        assert mine.smallest_p == analysis.smallest_p(n)
+
+
+def test_wilcoxon_ranks_differences():
+    """One stream on which a wins by a lot counts as one rank, not as its points."""
+    a, b = [0.9, 0.50, 0.51, 0.52], [0.1, 0.51, 0.53, 0.55]
+    assert analysis.wilcoxon(a, b).difference == pytest.approx(0.185)
+    assert analysis.wilcoxon(a, b).p == scipy.stats.wilcoxon(a, b, method="exact").pvalue == 0.875
+    with pytest.raises(DataError, match="A paired test needs"):
+        analysis.wilcoxon([1, 2], [1])
+
+
 def test_friedman_agrees_with_scipy(rng):
     for digits in (1, 6):  # with and without ties
         scores = rng.normal(size=(9, 4)).round(digits)

@@ -121,7 +121,9 @@ def test_rows_are_those_of_the_file(csv_of):
     train = csv_of("text,label\na,x\nb,oos\n\nc,y\nd,x\n")
     data = load(train, csv_of("text,label\nq,oos\nr,x\ns,y\n"), drop_labels=["oos"])
     assert data.train.rows.tolist() == [0, 3, 4]
-    stream = make_stream(data, Protocol(name="made", scenario="class", tasks=2), order_seed=0, data_seed=0)
+    stream = make_stream(
+        data, Protocol(name="made", scenario="class", tasks=2), order_seed=0, data_seed=0
+    )
     texts = {
         int(r): t
         for task in stream.tasks

@@ -1,5 +1,6 @@
 """How a source's examples become tasks: who decides what."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -221,3 +222,40 @@ def test_only_some_classes():
         cut(raw(), max_classes=7)
     with pytest.raises(DataError, match=r"stream\.tasks=3: there are only 2 classes"):
         cut(raw(), max_classes=2, tasks=3)
+
+
+# ------------------------------------------------------------------ what was tested
+
+
+def digests_of(stream):
+    return [stream.test_digest(task) for task in stream.tasks]
+
+
+def total(stream):
+    return sum(int(digest, 16) for digest in digests_of(stream)) % 2**64
+
+
+def test_digests_name_the_test_examples_and_nothing_else():
+    data = raw()
+    one = cut(data)
+    assert all(len(digest) == 16 for digest in digests_of(one))
+    assert len(set(digests_of(one))) == 3
+    # another order, other numbers of tasks and training examples: the same tests in other tasks
+    assert digests_of(cut(data, shots=3)) == digests_of(one)
+    assert digests_of(cut(data, order=1)) != digests_of(one)
+    for other in (cut(data, order=1), cut(data, tasks=2), cut(data, scenario="task")):
+        assert total(other) == total(one)
+    assert total(cut(data, test_shots=2)) != total(one)
+
+
+def test_a_digest_sees_content_row_and_label():
+    data = raw()
+    digest = total(cut(data))
+    inputs, labels = list(data.test.inputs), data.test.labels
+    back = np.arange(len(labels))[::-1]
+    for changed in (
+        Examples(["other", *inputs[1:]], labels),
+        Examples([inputs[i] for i in back], labels[back]),
+        Examples(inputs, (labels + 1) % 6),
+    ):
+        assert total(cut(replace(data, test=changed))) != digest
