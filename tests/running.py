@@ -46,7 +46,14 @@ def command(*args, env=None, timeout=240, python=(), cwd=ROOT, main="main.py"):
 
 def environment():
     """Without what would make a message or a speed depend on who runs the tests."""
-    drop = ("HYDRA_FULL_ERROR", "FORCE_COLOR", "COLUMNS", "PYTHONPATH", "CL_PEFT_CACHE")
+    drop = (
+        "HYDRA_FULL_ERROR",
+        "FORCE_COLOR",
+        "COLUMNS",
+        "PYTHONPATH",
+        "CL_PEFT_CACHE",
+        "WANDB_SERVICE",
+    )  # the last: W&B's own process, which a killed run must not share
     kept = {k: v for k, v in os.environ.items() if k not in drop}
     return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
