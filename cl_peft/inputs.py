@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
 #: Modules that say, keep or check something, and change no result.
-_SILENT = {f"cl_peft.{name}" for name in ("atomic", "config", "console", "errors", "eviction",
-           "inputs", "runs", "schema", "store", "tracking", "view")}  # fmt: skip
+_SILENT = {f"cl_peft.{name}" for name in ("atomic", "config", "console", "environment", "errors",
+           "eviction", "inputs", "runs", "schema", "store", "tracking", "view")}  # fmt: skip
 #: Axes whose classes decide what a run computes.
 AXES = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer")
 #: Modules that decide it whatever the axes are.

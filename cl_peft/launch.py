@@ -28,8 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_peft import inputs, sweeps
 from cl_peft.atomic import disk_error
 from cl_peft.config import run_id, validate
+from cl_peft.environment import available_cores
 from cl_peft.errors import ConfigError, UserError, did_you_mean
-from cl_peft.runs import RunFolder, available_cores, is_held
+from cl_peft.runs import RunFolder, is_held
 
 log = logging.getLogger(__name__)
 

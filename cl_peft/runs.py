@@ -19,14 +19,10 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +31,7 @@ import yaml
 
 from cl_peft.atomic import disk_error, write_atomic
 from cl_peft.config import run_id
+from cl_peft.environment import environment
 from cl_peft.errors import DamagedRunError
 
 log = logging.getLogger(__name__)
@@ -43,9 +40,6 @@ FORMAT = 1
 #: Files of a task that replace those of earlier tasks.
 LATEST = ("router.safetensors", "learner.safetensors")
 State = Literal["new", "running", "finished", "failed", "refused"]
-#: Packages whose versions can change numbers.
-PACKAGES = ("cl_peft", "torch", "transformers", "tokenizers", "datasets", "numpy", "pandas",
-            "safetensors", "hydra-core", "wandb")  # fmt: skip
 
 
 class RunFolder:
@@ -356,43 +350,6 @@ class RunFolder:
                 f"{path} cannot be read ({error}). Put it back from a copy, or use fresh=true to "
                 "run from the start."
             ) from error
-
-
-def environment() -> dict[str, Any]:
-    """Revision of the code, versions of packages, the machine, the command."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(  # noqa: S603 (fixed arguments)
-                ["git", "-C", str(root), *args],  # noqa: S607
-                capture_output=True, text=True, timeout=10, check=True,
-            )  # fmt: skip
-        except (OSError, subprocess.SubprocessError):
-            return None  # not a checkout, or no git: an installed package
-        return done.stdout.strip()
-
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "git_revision": git("rev-parse", "HEAD"),
-        "git_dirty": None if changes is None else bool(changes),
-        "packages": versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": available_cores(),
-    }
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def is_held(folder: Path) -> bool:
