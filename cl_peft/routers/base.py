@@ -93,9 +93,10 @@ class Router(ABC):
             combined with the router's classes.
         temperature: Of the softmax.
         combine: ``heads``: log-linear combination of the router's class scores with the log
-            posterior of the heads of the ``top_k`` best tasks; its weight is chosen on validation
-            examples of each task as it arrives. ``classes``: the router's best class answers, and
-            no head is asked: what frozen features alone can tell.
+            posterior of the heads of the ``top_k`` best tasks, or the routed head alone: which, and
+            with which weight, is chosen on validation examples of each task as it arrives.
+            ``classes``: the router's best class answers, and no head is asked: what frozen features
+            alone can tell.
 
     Attributes:
         sees_task: Whether the true task is handed to it at test time (the oracle alone).

@@ -7,10 +7,10 @@ on different samples, so the class that answers is
 .. math::
     \arg\max_{t \in \mathrm{top}_k, \; c \in t} \; a \, s_{t,c} + \log p_t(c)
 
-over the ``k`` best tasks; ``a = 0`` with ``k = 1`` is the routed head alone. The weight ``a`` is
-the one that gets most validation examples right, each counted once, when its task has just been
-learned, so nothing is kept but a count per candidate. This is the product of experts with one free
-exponent (Hinton 2002, equation 1); scores of any scale fit, since ``a`` covers it.
+over the ``k`` best tasks, or the best task's head alone. Which it is, and the weight ``a``, is
+decided by the number of validation examples that each gets right, each counted once, when its task
+has just been learned, so nothing is kept but a count per candidate. This is the product of experts
+with one free exponent (Hinton 2002, equation 1); scores of any scale fit, since ``a`` covers it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from cl_peft.memo import Questions
     from cl_peft.routers.base import Choice
 
-#: Candidates for ``a``: nothing of the router's classes, up to almost nothing of the heads. Small
-#: ones matter for routers whose scores are sharp, such as log posteriors of Gaussians.
-WEIGHTS = (0.0, *(2.0**e for e in range(-10, 11)))
+#: Candidates: None, the routed head alone; then ``a``, from nothing of the router's classes to
+#: almost nothing of the heads. Small ones matter for routers whose scores are sharp, such as log
+#: posteriors of Gaussians.
+WEIGHTS = (None, 0.0, *(2.0**e for e in range(-10, 11)))
 
 
 def opinions(choice: Choice, questions: Questions, top_k: int) -> tuple[Tensor, Tensor]:
@@ -54,8 +55,13 @@ def opinions(choice: Choice, questions: Questions, top_k: int) -> tuple[Tensor, 
     return torch.stack(scores), torch.stack(heads)
 
 
-def combine(scores: Tensor, heads: Tensor, weight: float) -> Tensor:
-    """``max_t (a s + log p)``, ``(N, classes)``; ``-inf`` where no task asked knows a class."""
+def combine(scores: Tensor, heads: Tensor, weight: float | None) -> Tensor:
+    """``max_t (a s + log p)``, ``(N, classes)``; ``-inf`` where no task asked knows a class.
+
+    Without a weight the best task's ``log p``.
+    """
+    if weight is None:
+        return heads[0].masked_fill(scores[0].isinf(), float("-inf"))
     known = ~(scores.isinf() | heads.isinf())
     both = torch.where(known, weight * scores + heads, float("-inf"))
     return both.amax(0)
@@ -68,10 +74,11 @@ def count_right(scores: Tensor, heads: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def best_weight(right: Tensor) -> float:
-    """The candidate with most right; the middle one of several."""
+def best_weight(right: Tensor) -> float | None:
+    """The candidate with most right; of several the middle weight."""
     tied = torch.nonzero(right == right.max()).flatten()
-    return WEIGHTS[int(tied[len(tied) // 2])]
+    weights = tied[tied > 0]  # what the router knows of classes is used unless it hurts
+    return WEIGHTS[int(weights[len(weights) // 2])] if len(weights) else None
 
 
 def classes_alone(choice: Choice, n_classes: int) -> Tensor:

@@ -242,10 +242,34 @@ def test_combination_equals_arithmetic_by_hand():
     assert by_hand[WEIGHTS.index(best_weight(right))]
 
 
-def test_weight_zero_with_one_task_is_the_routed_head(learned):
+def test_the_routed_head_alone_is_taken_where_all_weights_are_worse():
+    counts = torch.full((len(WEIGHTS),), 5)
+    assert best_weight(counts) == WEIGHTS[1:][len(WEIGHTS[1:]) // 2]  # a tie
+    counts[0] = 6
+    assert best_weight(counts) is None
+    counts[3] = 6
+    assert best_weight(counts) == WEIGHTS[3]
+
+
+@pytest.mark.parametrize(("weight", "k"), [(0.0, 1), (None, 1), (None, 3)])
+def test_what_equals_the_routed_head(learned, weight, k):
     hard, asked = started(Ridge(projection=64), learned), questions(learned)
-    alone = combine(*opinions(hard.route(asked), asked, 1), 0.0)
+    alone = combine(*opinions(hard.route(asked), asked, k), weight)
     assert (alone.argmax(1) == hard.answer(asked)[1].argmax(1)).all()
+
+
+def test_heads_that_mislead_are_not_asked(learned):
+    """Where the router finds the task and its classes say nothing, nothing is lost by combining."""
+    router, asked = (
+        started(Ridge(projection=64, combine="heads", top_k=3), learned),
+        questions(learned),
+    )
+    choice = router.route(asked)
+    scores, heads = opinions(choice, asked, 3)
+    labels = heads[0].argmax(1)
+    router.right = router.right + count_right(scores, heads, labels)
+    _, logits = router.answer(asked)
+    assert (logits.argmax(1) == labels).all()
 
 
 def test_router_classes_alone_need_no_head(learned):
