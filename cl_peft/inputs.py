@@ -108,7 +108,9 @@ def _files(stream: Mapping[str, Any]) -> list[Path]:
     if not stream.get("path") or any(path.is_file() for path in files):
         return files
     if folder.is_dir():  # where the names are those of splits
-        return [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[0] != "."]
+        inside = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
+        shown = (path for path in inside if not any(part.startswith(".") for part in path.parts))
+        return [folder / path for path in shown if (folder / path).is_file()]
     return [folder]
 
 

@@ -98,6 +98,7 @@ def test_a_folder_counts_with_all_that_lies_in_it(tmp_path, names):
     first = inputs.data_digest(stream)
     assert first
     write_csv(tmp_path / "set/.hidden", rows_of(CLASSES, 1))
+    write_csv(tmp_path / "set/.git/index", rows_of(CLASSES, 1))
     assert inputs.data_digest(stream) == first
     write_csv(tmp_path / "set/b/test.csv", rows_of(CLASSES, 1))
     assert inputs.data_digest(stream) != first
