@@ -24,8 +24,8 @@ import numpy as np
 from cl_peft import metrics
 from cl_peft.atomic import write_atomic
 from cl_peft.config import run_id, validate
-from cl_peft.errors import DamagedRunError, DataError
-from cl_peft.view import ResultView
+from cl_peft.errors import DamagedRunError
+from cl_peft.view import ResultView, read_json
 
 #: Names of a run's baselines, kept in its folder.
 FILE = "bounds.json"
@@ -99,8 +99,8 @@ class Bounds:
 def read(folder: Path) -> Bounds | None:
     """A finished run's bounds; None where it was run without.
 
-    A baseline that was deleted since, is not finished, or was tested on other examples (the data
-    changed in between) is left out, and what needs it is NaN.
+    A baseline that was deleted since, is not finished, or has another stream (the data changed in
+    between) is left out, and what needs it is NaN.
     """
     path = folder / FILE
     if not path.exists():
@@ -130,14 +130,13 @@ def read(folder: Path) -> Bounds | None:
 
 def _beside(own: ResultView, folder: Path) -> ResultView | None:
     """A baseline that can stand beside a run, or None."""
-    from analysis.pairing import in_same_tasks
-
     try:
         view = ResultView.from_folder(folder)
-        alike = view.state == "finished" and in_same_tasks(own.folder, folder)
-    except (DamagedRunError, DataError):
+        streams = [read_json(path / "stream.json") for path in (own.folder, folder)]
+    except DamagedRunError:
         return None
-    return view if alike else None
+    mine, its = (stream.get("fingerprint") for stream in streams)
+    return view if view.state == "finished" and mine == its else None
 
 
 def _mean(values: np.ndarray) -> float:

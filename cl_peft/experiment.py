@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from cl_peft import presentation
+from cl_peft import inputs, presentation
 from cl_peft.config import Seeds, build, run_id, split_stream
 from cl_peft.console import Console
 from cl_peft.errors import DataError
@@ -42,12 +42,13 @@ def run_experiment(config: Mapping[str, Any], folder: RunFolder, console: Consol
         UserError: Something the user can fix; the folder can be resumed.
     """
     folder.claim(config)
+    files = inputs.file_digests(inputs.local_files(config))  # as they are before they are read
     stream = load_stream(config, console)
     if not folder.done:
         folder.begin(config, describe(stream))
     folder.set_status("running", len(stream.tasks))
     world = World.build(config, stream, console)
-    folder.provenance(world.facts())
+    folder.provenance({**world.facts(), "files": files})
     tracker = world.learner.tools.tracker
     tracker.start(run_id(config), config["group"], dict(config), folder.path)
     try:

@@ -1,7 +1,7 @@
-"""What a run rests on besides its configuration: local data files, and the code of its parts.
+"""What a run rests on besides its configuration: local files, and the code of its parts.
 
 Neither is part of a run's name. Both are stored with it, so that a result is not handed out for
-data or code that changed since. Imports no torch: a finished run is recognised in a second.
+other data, weights or code. Imports no torch: a finished run is recognised in a second.
 """
 
 from __future__ import annotations
@@ -11,42 +11,69 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cl_peft.config import build, split_stream
 from cl_peft.errors import DataError
 
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
-#: Modules that say, keep or check something, and change no result.
-_SILENT = {f"cl_peft.{name}" for name in ("atomic", "config", "console", "environment", "errors",
-           "eviction", "inputs", "runs", "schema", "store", "tracking", "view")}  # fmt: skip
+#: Modules that say, keep, fetch or check something, and change no result.
+_SILENT = {f"cl_peft.{name}" for name in (
+    "archives", "atomic", "config", "console", "environment", "errors", "eviction", "inputs",
+    "runs", "schema", "store", "tracking", "unpacking", "view")}  # fmt: skip
 #: Axes whose classes decide what a run computes.
 AXES = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer")
 #: Modules that decide it whatever the axes are.
 CORE = ("cl_peft.world", "cl_peft.evaluation", "cl_peft.streams.protocol")
-#: Of larger files than this, in bytes, the size alone counts.
-LARGE = 2**28
+#: What in a folder is data or a model, by the end of its name.
+SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".gz", ".bz2", ".xz",
+            ".zst", ".zip", ".safetensors", ".model"}  # fmt: skip
+#: Of larger files, in bytes, size, beginning and end count.
+LARGE, END = 2**26, 2**20
+#: Of more files than this, one digest is kept for all.
+MANY = 100
 
 
-def data_digest(stream: Mapping[str, Any]) -> str | None:
-    """Name of the content of a stream's local files; None where it has none, or they are gone.
+def files_in(folder: Path) -> list[Path]:
+    """Data and model files of a folder, at any depth, in order; links are followed.
 
-    Args:
-        stream: The stream's configuration; ``path``, ``train``, ``test`` and ``validation`` count.
+    Hidden files and folders, and what the datasets library writes beside its data, do not count.
     """
-    files = _files(stream)
-    if not files or not all(path.is_file() for path in files):
-        return None
-    whole = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        whole.update(f"{path.name} {size} ".encode())
-        if size <= LARGE:
-            whole.update(hashlib.sha256(path.read_bytes()).digest())
-    return whole.hexdigest()
+    found = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else [n for n in folders if not n.startswith(".")]
+        shown = () if real in seen else names
+        seen.add(real)
+        found += [Path(place, n) for n in shown if not n.startswith((".", "cache-"))]
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def local_files(config: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """Local files that a run's stream and backbone are read from, by axis, there or not."""
+    protocol, source = split_stream(config["stream"])
+    found = {"stream": list(build({**source, "name": protocol.name}).files())}
+    model = Path(str(config["backbone"].get("name"))).expanduser()
+    found["backbone"] = files_in(model) if (model / "config.json").is_file() else []
+    return {axis: [path.absolute() for path in files] for axis, files in found.items()}
+
+
+def file_digests(files: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, str]]:
+    """Digests by axis and by path below the folder that an axis' files have in common.
+
+    So files that were moved together are the same. Files that are not there are left out, and of
+    more than :data:`MANY` there is one digest.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    return {axis: _digests(paths) for axis, paths in files.items()}
 
 
 def code_digest(
@@ -54,16 +81,22 @@ def code_digest(
 ) -> str:
     """Name of the code of a configuration's classes and of what they import from this package.
 
-    Comments, docstrings and layout do not count. It is the code as it was when this process first
-    asked: what was imported does not change afterwards.
-
     Args:
         config: The validated configuration.
-        axes: The axes whose classes count.
+        axes: The axes whose classes count, with those that they are configured with.
         core: Further modules that count.
     """
-    todo = {str(config[axis]["_target_"]).rpartition(".")[0] for axis in axes} | set(core)
-    found: dict[str, str] = {}
+    targets = (target for axis in axes for target in _targets(config[axis]))
+    return modules_digest({target.rpartition(".")[0] for target in targets} | set(core))
+
+
+def modules_digest(names: Iterable[str]) -> str:
+    """Name of the code of modules of this package and of what they import from it.
+
+    Comments, docstrings and layout do not count. It is the code as it was when this process first
+    asked: what was imported does not change afterwards.
+    """
+    todo, found = set(names), dict[str, str]()
     while todo:
         module = todo.pop()
         if module in found or module in _SILENT:
@@ -76,42 +109,78 @@ def code_digest(
 
 
 def check_finished(config: Mapping[str, Any], folder: Path) -> None:
-    """Compare a finished run's data and code with what would be run now.
+    """Compare what a finished run was made from with what would be used now.
 
-    Code that differs, and data that are gone, are warned of: the result is what it was.
+    Code that differs, and files that are gone, are warned of: the result is what it was.
 
     Raises:
-        DataError: The data are others than those of the result.
+        DataError: Data or weights are others than those of the result.
     """
     path = folder / "provenance.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     again = "fresh=true computes it again and keeps the earlier result aside"
-    if stored.get("data"):
-        now = data_digest(config["stream"])
-        if now is None:
-            log.warning("the data of this run are gone; its result could not be compared with them")
-        elif now != stored["data"]:
-            names = ", ".join(str(path) for path in _files(config["stream"])[:4])
+    files = local_files(config)
+    now, stored = file_digests(files), facts.get("files")
+    if stored is None and any(now.values()):
+        log.warning("this run does not say which state of its data it was made from; %s", again)
+    for axis, found in now.items():
+        before = (stored or {}).get(axis, {})
+        if before and not found:
+            log.warning("%s is gone: the result cannot be compared with it", _some(files[axis]))
+        elif before and before != found:
+            new = [
+                path
+                for path in files[axis]
+                if found.get(name := _below(files[axis], path)) not in (None, before.get(name))
+            ]
             raise DataError(
-                f"{folder} is the result of other data: {names} changed since it finished. "
-                f"{again}; group=NAME keeps both results in sight."
+                f"{folder} is the result of other files than {axis}={config[axis]['name']} has "
+                f"now: {_some(new or files[axis])}. {again}; group=NAME keeps both in sight."
             )
-    if stored.get("code") not in (None, code_digest(config)):
-        log.warning("the code of this run's parts changed since it finished; %s", again)
+    codes = {session.get("code") for session in facts.get("sessions", ())} - {None}
+    if codes and codes != {code_digest(config)}:
+        log.warning("the code of this run's parts changed since it was made; %s", again)
 
 
-def _files(stream: Mapping[str, Any]) -> list[Path]:
-    """Local files that a stream's configuration names, or else all files of its folder."""
-    folder = Path(str(stream.get("path") or "")).expanduser()
-    named = [stream[key] for key in ("train", "test", "validation") if stream.get(key)]
-    files = [folder / Path(str(name)).expanduser() for name in named]
-    if not stream.get("path") or any(path.is_file() for path in files):
-        return files
-    if folder.is_dir():  # where the names are those of splits
-        inside = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
-        shown = (path for path in inside if not any(part.startswith(".") for part in path.parts))
-        return [folder / path for path in shown if (folder / path).is_file()]
-    return [folder]
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    found = {_below(files, path): _digest(path) for path in files if path.is_file()}
+    if len(found) <= MANY:
+        return found
+    text = json.dumps(found, sort_keys=True)
+    return {f"{len(found)} files": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _below(files: Sequence[Path], path: Path) -> str:
+    """Name of one of several files below the folder that they have in common."""
+    return path.relative_to(os.path.commonpath([p.parent for p in files])).as_posix()
+
+
+def _digest(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= LARGE:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            ends = file.read(END)
+            file.seek(-END, os.SEEK_END)
+            return hashlib.sha256(f"{size} ".encode() + ends + file.read()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _targets(node: Any) -> Iterator[str]:  # noqa: ANN401 (a configuration value of any type)
+    """Classes that a node names, at any depth."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for value in node.values():
+            yield from _targets(value)
+
+
+def _some(names: Sequence[Path]) -> str:
+    return ", ".join(map(str, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 @functools.cache

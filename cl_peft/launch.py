@@ -126,7 +126,12 @@ def job(cfg: DictConfig) -> float:
     if sweep and _may_leave(hydra) and _busy(_folder(config).path):
         console.message(f"another process runs this configuration; {sweeps.leave(config, jobs)}")
         return math.nan
-    folder = _with_bounds(config, console, jobs)
+    try:
+        folder = _with_bounds(config, console, jobs)
+    except UserError as error:
+        if sweep:  # of a sweep's errors Hydra hands on the first alone
+            console.message(f"error: {error}")
+        raise
     from cl_peft import presentation
 
     if not sweep:
@@ -191,14 +196,15 @@ def _run(
             if aside is not None:
                 console.message(f"the earlier run was moved to {aside}")
         state = folder.open(config)
+        if state == "finished":
+            with _warnings(console):
+                inputs.check_finished(config, folder.path)
         if baselines:
             from cl_peft import bounds
 
             bounds.record(folder.path, baselines)
             (folder.path / "report.md").unlink(missing_ok=True)  # written again, with bounds
         if state == "finished":
-            with _warnings(console):
-                inputs.check_finished(config, folder.path)
             console.message(f"already finished: {folder.path}")
         else:
             if folder.done:

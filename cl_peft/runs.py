@@ -216,7 +216,7 @@ class RunFolder:
                     "last bits from an uninterrupted run",
                     name, stored.get(name), session.get(name),
                 )  # fmt: skip
-        if stored.get("code") not in (None, session.get("code")):
+        if {s.get("code") for s in sessions} - {None, session.get("code")}:
             log.warning("the code of this run's parts changed since it began; see fresh=true")
         write_atomic(path, _json({**stored, "sessions": sessions}))
 
@@ -367,7 +367,7 @@ def is_held(folder: Path) -> bool:
 
 
 def _session(facts: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("command", "git_revision", "git_dirty", "device", "threads")
+    keys = ("command", "git_revision", "git_dirty", "code", "device", "threads")
     time_ = datetime.now(UTC).isoformat(timespec="seconds")
     return {"started": time_, **{k: facts.get(k) for k in keys}}
 

@@ -102,7 +102,6 @@ class World:
         return {
             "run": run_id(self.config),
             "stream_fingerprint": self.stream.fingerprint,
-            "data": inputs.data_digest(self.config["stream"]),
             "code": inputs.code_digest(self.config),
             **self.backbone.facts(),
             "preprocessing": self.backbone.preprocessing(),

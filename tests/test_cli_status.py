@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import filelock
 import pandas as pd
@@ -193,3 +195,16 @@ def test_watch_from_the_command_line(group, capsys):
     assert main(arguments) == 1
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 5  # no terminal: the last state only
+
+
+def test_whoever_reads_may_stop(group):
+    command = [sys.executable, "-m", "cl_peft.cli", "status", str(group)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def test_a_folder_of_groups_says_what_to_give(group, capsys):
+    assert main(["status", str(group.parent)]) == 1
+    assert "give a group's folder" in capsys.readouterr().err

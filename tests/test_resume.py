@@ -335,9 +335,12 @@ def test_changed_code_is_told_of_when_a_run_goes_on(own_files, capsys):
     assert in_child("while task 3 trains", own_files) == -signal.SIGKILL
     path = folder_of(*own_files) / "provenance.json"
     facts = json.loads(path.read_text())
-    path.write_text(json.dumps({**facts, "code": "other"}))
+    facts["sessions"][0]["code"] = "other"
+    path.write_text(json.dumps(facts))
     run(*own_files)
     assert "warning: the code of this run's parts changed since it began" in capsys.readouterr().err
+    run(*own_files)  # finished: its first tasks are still those of the other code
+    assert "warning: the code of this run's parts changed since it was" in capsys.readouterr().err
 
 
 def test_what_changed_before_anything_was_learned_is_fine(own_files, tmp_path):

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from cl_peft import archives
 from cl_peft.errors import ConfigError, DownloadError
+from cl_peft.inputs import modules_digest
 from cl_peft.store import tensor_fingerprint
 from cl_peft.streams.base import Progress
 
@@ -198,6 +200,12 @@ class Backbone(ABC):
         """Compute the fingerprint of the weights as they are now."""
         return tensor_fingerprint(dict(self.model.state_dict()))
 
+    def made_by(self) -> list[str]:
+        """Class, code and libraries that tokens and frozen features come from."""
+        code = modules_digest([type(self).__module__, "cl_peft.backbones.features"])
+        versions = [metadata.version(name) for name in ("torch", "transformers", "tokenizers")]
+        return [type(self).__name__, code, *versions]
+
     def key(self) -> str:
         """Name everything a frozen feature depends on besides the example itself.
 
@@ -206,7 +214,7 @@ class Backbone(ABC):
         """
         config = self.model.config.to_dict()
         config = {k: v for k, v in config.items() if k not in _NOT_THE_MODEL}
-        parts = [type(self).__name__, self.fingerprint, self.preprocessing(), config]
+        parts = [self.made_by(), self.fingerprint, self.preprocessing(), config]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 

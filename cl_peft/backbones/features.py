@@ -63,7 +63,7 @@ class Features:
         ids = [content_id(item) for item in inputs]
         missing = {i: item for i, item in zip(ids, inputs, strict=True) if i not in self._encoded}
         for names, items in _chunks(missing):
-            key = _key("tokens", self.backbone.preprocessing(), names)
+            key = _key("tokens", [self.backbone.made_by(), self.backbone.preprocessing()], names)
             value = self._get("tokens", key, partial(self._encode, items))
             chunk = Encoded(value["values"], value["lengths"].numpy())
             for row, name in enumerate(names):

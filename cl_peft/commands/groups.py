@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ def _status(options: argparse.Namespace) -> int:
         table = watch(options.folder, every=options.every, patience=options.patience)
     else:
         table = show(options.folder)
+    if not len(table):
+        print(f"no run in {options.folder}; give a group's folder, runs/GROUP", file=sys.stderr)
     return int(not len(table) or not bool((table["state"] == "finished").all()))
 
 

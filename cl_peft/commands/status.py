@@ -51,7 +51,7 @@ def show(folder: Path, console: Console | None = None) -> pd.DataFrame:
 def lines(status: pd.DataFrame) -> str:
     """A line per run: run, state, task, seconds, routed accuracy in %, settings, error.
 
-    Separated by tabs; the first five have no space in them, and ``-`` stands for what is empty.
+    Separated by tabs; in the first five a run writes no space, and ``-`` stands for what is empty.
     """
     rows = (
         (

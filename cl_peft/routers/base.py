@@ -22,6 +22,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from cl_peft.errors import DamagedRunError
 from cl_peft.routers.combination import (
     WEIGHTS,
     best_weight,
@@ -190,6 +191,12 @@ class Router(ABC):
             state = dict(state)
             right = {n: state.pop(n) for n in tuple(state) if n == "combine.right"}
             require(right, {"combine.right"}, "router.combine=heads")
+            if right["combine.right"].shape != self.right.shape:
+                raise DamagedRunError(
+                    f"router.combine=heads: {len(right['combine.right'])} candidates were stored, "
+                    f"and there are {len(self.right)} now: another version wrote this run. Use "
+                    "fresh=true to start over."
+                )
             self.right = right["combine.right"]
         self.load_state(state)
 

@@ -68,6 +68,10 @@ class Source(ABC):
     modality: ClassVar[Literal["text", "image"]] = "text"
     groups: ClassVar[bool] = False
 
+    def files(self) -> Sequence[Path]:
+        """Local files that it reads; none for a source that downloads or makes its examples."""
+        return ()
+
     @abstractmethod
     def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Read everything.

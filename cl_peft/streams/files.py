@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cl_peft.errors import ConfigError
@@ -66,6 +67,10 @@ class Files(Source):
         self.header = header
         self.columns = columns
         self.quoted = quoted
+
+    def files(self) -> Sequence[Path]:
+        """See :meth:`Source.files`."""
+        return [self.folder / Path(name).expanduser() for name in self.paths.values()]
 
     def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Read the files; see :meth:`Source.load`. ``cache`` is not used."""

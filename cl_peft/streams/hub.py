@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cl_peft.errors import DataError, DownloadError, did_you_mean
+from cl_peft.inputs import files_in
 from cl_peft.streams.base import Progress, RawData, Source
 from cl_peft.streams.frames import to_raw_data
 from cl_peft.unpacking import disk_errors
@@ -67,6 +68,10 @@ class Hub(Source):
         self.domain = domain
         self.drop_labels = drop_labels
         self.drop_empty = drop_empty
+
+    def files(self) -> Sequence[Path]:
+        """See :meth:`Source.files`: those of a local folder."""
+        return files_in(Path(self.path).expanduser())
 
     def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Download if needed, and read; see :meth:`Source.load`."""

@@ -38,6 +38,11 @@ class Several(Source):
         self.path = path
         self.sample = sample
 
+    def files(self) -> Sequence[Path]:
+        """See :meth:`Source.files`."""
+        parts = (build(self._placed(name, node)) for name, node in self.sets.items())
+        return [path for part in parts for path in part.files()]
+
     def load(self, cache: Path, progress: Progress | None = None) -> RawData:
         """Load every data set and join them; see :meth:`Source.load`.
 
