@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import analysis
-from analysis.figures import png
 from cl_peft import bounds
 from cl_peft.atomic import write_atomic
 from cl_peft.console import Console
@@ -48,10 +46,10 @@ def write(folder: Path) -> Final:
     view = ResultView.from_folder(folder)
     figure = folder / FIGURE
     if not figure.exists():
+        from analysis.figures import accuracy_matrices, png  # a second, saved where it is there
+
         title = f"{view.config['stream']['name']}: {folder.name}"
-        drawn = analysis.accuracy_matrices(
-            view.matrix("oracle"), view.matrix("routed"), title=title
-        )
+        drawn = accuracy_matrices(view.matrix("oracle"), view.matrix("routed"), title=title)
         write_atomic(figure, png(drawn))
     measured = bounds.read(folder)
     if not (folder / "report.md").exists():
