@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folders import load_predictions, load_stream, open_run
-from analysis.pairing import in_same_tasks
+from analysis.pairing import changed_data, in_same_tasks
 from analysis.statistics import mcnemar
 from analysis.tables import to_markdown
 from cl_peft import metrics
@@ -137,6 +137,8 @@ def compare_runs(
         )
     frames = [frame[frame["after_task"] <= at] for frame in frames]
     notes = [] if done[0] == done[1] else [f"a has {done[0]} tasks, b {done[1]}; compared at {at}."]
+    if text := changed_data(runs):
+        notes.append(f"Beware: {text}")
     classes = [load_stream(run.path).get("class_names") or [] for run in runs]
     final = [frame[frame["after_task"] == at] for frame in frames]
     key = ["eval_task", "row", "label"]

@@ -32,7 +32,7 @@ from analysis.folders import (
     results_table,
     run_folders,
 )
-from analysis.pairing import names_of_tests
+from analysis.pairing import changed_data, names_of_tests
 from cl_peft.archives import short_name
 from cl_peft.config import NOT_IDENTITY
 from cl_peft.errors import DamagedRunError, DataError, did_you_mean
@@ -104,7 +104,8 @@ def load_runs(
 
     Warns:
         UserWarning: A damaged run folder was skipped (its path and what is wrong with it), a run
-            was found twice, or there is no run folder at all.
+            was found twice, there is no run folder at all, or the data changed between runs with
+            the same stream settings and seeds (:func:`analysis.pairing.changed_data`).
 
     Raises:
         DataError: No such folder; or ``metric``, ``where`` or ``config`` names something that no
@@ -129,6 +130,7 @@ def load_runs(
     chosen, table, sizes = _numbers(runs, chosen, wanted, where_to, Path(folder))
     if wanted and len(set(wanted) - set(pc.unique(table["metric"]).to_pylist())):
         _refuse_unknown_metric(wanted, chosen)
+    _warn_of_changed_data(chosen)
     return _typed(table, sizes, pd.DataFrame(_all_described(chosen, keys)), keys)
 
 
@@ -151,9 +153,11 @@ def load_run_table(folder: str | Path, *, where: Mapping[str, Any] | None = None
     Raises:
         DataError: No such folder, or ``where`` names no column.
     """
-    table = _run_table(_open_all(folder))
+    runs = _open_all(folder)
+    table = _run_table(runs)
     for column, values in _conditions(where or {}, list(table.columns)).items():
         table = table[table[column].isin(values)]
+    _warn_of_changed_data([runs[row] for row in table.index])
     return table.reset_index(drop=True)
 
 
@@ -280,6 +284,11 @@ def _read(runs: Iterable[RunFiles], what: Callable[[RunFiles], Any]) -> list[tup
 
 def _skipped(error: DamagedRunError) -> None:
     warnings.warn(f"skipped a damaged run: {error}", stacklevel=5)
+
+
+def _warn_of_changed_data(runs: Sequence[RunFiles]) -> None:
+    if text := changed_data(runs):
+        warnings.warn(text, stacklevel=3)
 
 
 def _cache_path(

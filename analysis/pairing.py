@@ -8,13 +8,14 @@ fingerprint of their whole stream, in which training examples and the order coun
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.folders import load_config, load_stream
+from analysis.folders import RunFiles, load_config, load_stream
 from cl_peft.errors import DataError
 
 #: In the column ``tests``, where a run says nothing about its stream.
@@ -110,7 +111,37 @@ def most_alike(runs: pd.DataFrame, paired_by: Sequence[str]) -> pd.DataFrame:
     return known[known["tests"] == tests.transform(lambda found: found.mode()[0])]
 
 
+def changed_data(runs: Sequence[RunFiles]) -> str:
+    """Say which runs have equal stream settings and seeds but other data; empty if none have.
+
+    Their tests may be equal: then nothing else tells that they were trained on other examples.
+    Runs whose stream.json has no fingerprint of its data say nothing.
+    """
+    alike: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        if run.stream.get("fingerprint"):
+            asked = {key: value for key, value in run.config.items() if _decides_data(key)}
+            alike.setdefault(json.dumps(asked, sort_keys=True, default=str), []).append(run)
+    pairs = []
+    for first, *others in alike.values():
+        mark = first.stream["fingerprint"]
+        pairs += [(first, run) for run in others if run.stream["fingerprint"] != mark][:1]
+    if not pairs:
+        return ""
+    paths = [run.path.resolve() for run in pairs[0]]
+    names = " and ".join(f"{path.parent.name}/{path.name}" for path in paths)
+    more = f" (with other settings or seeds: {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+    return (
+        f"runs {names} have the same stream settings and seeds, but other data: they changed in "
+        f"between{more}. Run the older ones again with fresh=true."
+    )
+
+
 # ---------------------------------------------------------------- parts
+
+
+def _decides_data(key: str) -> bool:
+    return key.startswith("stream.") or key in ("seed.order", "seed.data")
 
 
 def _digests(stream: Mapping[str, Any]) -> list[str | None]:
@@ -138,7 +169,7 @@ def _refusal(a: str | Path, b: str | Path, streams: Sequence[Mapping[str, Any]])
     keys = {
         key: (configs[0].get(key), configs[1].get(key))
         for key in {**configs[0], **configs[1]}
-        if key.startswith("stream.") or key in ("seed.order", "seed.data")
+        if _decides_data(key)
     }
     why = _keys_text({key: pair for key, pair in keys.items() if _differ(*pair)})
     if old:

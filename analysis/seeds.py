@@ -9,6 +9,7 @@ streams each is one number, the mean over its shared seeds (Demsar 2006: seeds a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pandas as pd
 
 from analysis import ranks as ranking
 from analysis.directions import required_direction
+from analysis.folders import open_run
 from analysis.load import SEED_COLUMNS, load_predictions, load_run_table
-from analysis.pairing import in_same_tasks, most_alike, refuse_other_tests
+from analysis.pairing import changed_data, in_same_tasks, most_alike, refuse_other_tests
 from analysis.statistics import Statistic, bootstrap_interval, holm, paired_permutation
 from analysis.tables import (
     configuration_columns,
@@ -273,6 +275,9 @@ def example_pairs(
             ``{"router": "ridge"}``.
         b: What selects those of the second.
 
+    Warns:
+        UserWarning: Two of them were trained on other data (:func:`analysis.pairing.changed_data`).
+
     Raises:
         DataError: An unknown column, no seeds in common, several runs with the same seeds, or two
             runs of a pair that were not tested on the same examples in the same tasks.
@@ -294,6 +299,8 @@ def example_pairs(
     folders = list(both.itertuples(index=False, name=None))
     for x, y in folders:
         in_same_tasks(x, y)
+    if text := changed_data([open_run(path) for pair in folders for path in pair]):
+        warnings.warn(text, stacklevel=2)
     return [
         (load_predictions(x, after_task=-1), load_predictions(y, after_task=-1)) for x, y in folders
     ]

@@ -1,12 +1,14 @@
 """Which runs can be paired example by example, and what is said of those that cannot."""
 
 import json
+import warnings
 
 import pytest
 import yaml
 
 import analysis
-from analysis.pairing import UNKNOWN, in_same_tasks, names_of_tests
+from analysis.folders import open_run
+from analysis.pairing import UNKNOWN, changed_data, in_same_tasks, names_of_tests
 from cl_peft.errors import DataError
 
 
@@ -115,3 +117,36 @@ def test_a_run_that_does_not_say_what_it_was_tested_on_is_not_paired(two):
     frame = analysis.load_runs(two[0].parent)
     with pytest.raises(DataError, match=f"other examples .* and {UNKNOWN}"):
         analysis.paired_tests(frame)
+
+
+def test_training_data_that_changed_in_between(two):
+    """Equal tests: only the fingerprints tell that the runs were trained on other examples."""
+    edit(two[1], fingerprint="0" * 64)
+    said = "runs g/a and g/b have the same stream settings and seeds, but other data"
+    for load in (analysis.load_runs, analysis.load_run_table):
+        with pytest.warns(UserWarning, match=said):
+            load(two[0].parent)
+    with pytest.warns(UserWarning, match=said):
+        analysis.example_pairs(two[0].parent, {"router": "prototype"}, {"router": "ridge"})
+    assert any(said in note for note in analysis.compare_runs(*two).notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        analysis.load_runs(two[0].parent, where={"router": "ridge"})
+        analysis.load_run_table(two[0].parent, where={"router": "ridge"})
+
+
+def test_other_settings_seeds_or_unknown_data_are_no_change(tmp_path, write_run):
+    names = ("a", "other_key", "other_seed", "nameless", "none")
+    runs = {name: write_run(tmp_path / "g" / name, seed=int("seed" in name)) for name in names}
+    configure(runs["other_key"], train_shots=4)
+    for k, run in enumerate(runs.values()):
+        edit(run, fingerprint=str(k))
+    edit(runs["nameless"], fingerprint=None)
+    (runs["none"] / "stream.json").unlink()
+    assert changed_data([open_run(run) for run in runs.values()]) == ""
+    edit(write_run(tmp_path / "g" / "b"), fingerprint="9")
+    edit(write_run(tmp_path / "g" / "c"), fingerprint="9")
+    edit(write_run(tmp_path / "g" / "d", seed=1), fingerprint="8")
+    text = changed_data([open_run(run) for run in analysis.run_folders(tmp_path)])
+    assert "runs g/a and g/b have the same" in text
+    assert "(with other settings or seeds: 1 more)" in text
