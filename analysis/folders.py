@@ -132,7 +132,8 @@ def open_run(folder: str | Path) -> RunFiles:
     """Read configuration, status and manifest of a run; no table is opened.
 
     Raises:
-        DamagedRunError: One of them is missing or unreadable.
+        DamagedRunError: One of them is missing or unreadable, or stream.json is missing although
+            the manifest lists it.
     """
     path = Path(folder)
     contents = dict(_contents(path))
@@ -146,6 +147,8 @@ def open_run(folder: str | Path) -> RunFiles:
         if manifest.get("format") != 1:
             what = f"has format {manifest.get('format')!r}; this code reads format 1"
             raise _damaged(path / "manifest.json", what)
+        if "stream.json" in (manifest.get("fixed") or ()) and not (path / "stream.json").exists():
+            raise _damaged(path / "stream.json", "is missing, although manifest.json lists it")
     return RunFiles(path, config, status, manifest, contents)
 
 

@@ -72,6 +72,8 @@ class ResultView:
             results = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
             times, total = [read_json(part / "timing.json") for part in parts], None
         stream = read_json(folder / "stream.json")
+        if not stream and "stream.json" in read_json(folder / "manifest.json").get("fixed", ()):
+            raise _damaged(folder / "stream.json", "manifest.json lists it")
         return cls(
             folder=folder,
             state=state,

@@ -93,6 +93,10 @@ def test_damaged_and_unknown_folders_are_listed(group, capsys):
     (group / "number" / "stream.json").unlink()
     columns = write_run(group / "columns", 3, cfg=config(module__rank=16))
     pd.DataFrame({"value": [1.0]}).to_parquet(columns / "results.parquet")
+    streamless = write_run(group / "streamless", 3, cfg=config(module__rank=16))
+    manifest = json.loads((streamless / "manifest.json").read_text())
+    (streamless / "manifest.json").write_text(json.dumps(manifest | {"fixed": {"stream.json": {}}}))
+    (streamless / "stream.json").unlink()
     (write_run(group / "lost", 3, cfg=config(module__rank=16)) / "status.json").unlink()
     (group / "begun").mkdir()
     (group / "figures").mkdir()  # no run
@@ -102,14 +106,14 @@ def test_damaged_and_unknown_folders_are_listed(group, capsys):
     rows = piped(group, capsys)
     states = {name: row[0] for name, row in rows.items()}
     assert {n for n, s in states.items() if s == "damaged"} == {
-        *("half", "list", "number", "manifest", "columns")
+        *("half", "list", "number", "manifest", "columns", "streamless")
     }
     assert {n for n, s in states.items() if s == "unknown"} == {"empty", "lost", "begun"}
-    assert len(states) == 5 + 8
-    for name in ("half", "list", "number", "columns", "lost"):
+    assert len(states) == 5 + 9
+    for name in ("half", "list", "number", "columns", "streamless", "lost"):
         assert "module.rank=16" in rows[name][-2]  # what it was can be read all the same
         assert name in rows[name][-1]
-    assert sum("damaged" in line for line in shown(group)[1:]) >= 5
+    assert sum("damaged" in line for line in shown(group)[1:]) >= 6
 
 
 @pytest.mark.parametrize(("left", "code"), [(["ridge-0", "ridge-1"], 0), (["killed"], 1), ([], 1)])

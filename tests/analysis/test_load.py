@@ -499,3 +499,13 @@ def test_every_public_name_resolves():
         assert callable(getattr(analysis, name))
     with pytest.raises(AttributeError, match="no attribute 'load_run'"):
         analysis.load_run  # noqa: B018 (the lookup is the test)
+
+
+def test_a_run_that_lost_its_stream_is_damaged(sweep):
+    run = sweep / "spine" / "isolated-1"
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"fixed": {"stream.json": {}}}))
+    assert len(analysis.load_run_table(sweep)) == 6
+    (run / "stream.json").unlink()
+    with pytest.warns(UserWarning, match=r"skipped a damaged run: .*stream\.json is missing"):
+        assert len(analysis.load_run_table(sweep)) == 5
