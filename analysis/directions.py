@@ -23,6 +23,8 @@ HIGHER = (
     "share_of_gap",
 )
 LOWER = ("forgetting", "intransigence", "routing_loss")
+#: What is not called by its name.
+SPOKEN = {"routing_loss": "lost by routing", "misroute_luck": "gained by routing"}
 
 
 def direction(metric: str) -> int:
@@ -46,11 +48,16 @@ def required_direction(metric: str) -> int:
     return found
 
 
+def spoken(metric: str) -> str:
+    """A metric, or a column of a summary, in words."""
+    return SPOKEN.get(metric, metric.replace("_", " "))
+
+
 def heading(metric: str) -> str:
     """The head of a column: ``average accuracy routed (%) ↑``; no arrow without a direction."""
     unit = "" if is_count(metric) else " (%)"
     arrow = {1: " ↑", -1: " ↓", 0: ""}[direction(metric)]
-    return f"{metric.replace('_', ' ')}{unit}{arrow}"
+    return f"{spoken(metric)}{unit}{arrow}"
 
 
 def is_count(metric: str) -> bool:

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures_style import GREY, SMALL, Incomplete
+from analysis.listing import some
 from analysis.load import SEED_COLUMNS
 from analysis.tables import configuration_labels
 
@@ -93,10 +94,9 @@ def _warn_of_gaps(
     names = configuration_labels(wanted, shared).loc[gaps.index]
     seeds = gaps[list(SEED_COLUMNS)].agg(".".join, axis=1)
     said = [f"{label} seeds {seed}".strip() for label, seed in zip(names, seeds, strict=True)]
-    more = f" and {len(said) - MOST_NAMED} more" if len(said) > MOST_NAMED else ""
     _warn(
         f"the {name} lacks runs for {len(gaps)} of {len(wanted)} settings and seeds of the others: "
-        f"{'; '.join(said[:MOST_NAMED])}{more}"
+        f"{some(said, MOST_NAMED, '; ')}"
     )
 
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from analysis.directions import spoken
 from analysis.figures_bounds import STYLE, draw_bound, known_bounds
 from analysis.figures_style import (
     GREY,
@@ -104,7 +105,7 @@ def anytime_curve(
             _curve(drawn, line.sort_values("after_task"), str(routing), k)
     shown = main if len(main) else rows
     seeds = sorted(set(shown.groupby([*keys, "routing", "after_task"], dropna=False).size()))
-    style_axes(drawn, "tasks learned", f"{metric.replace('_', ' ')} over tasks seen (%)")
+    style_axes(drawn, "tasks learned", f"{spoken(metric)} over tasks seen (%)")
     percent_ticks(drawn)
     drawn.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if seeds[-1] > 1 and band != "none":

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from analysis.directions import direction, required_direction
+from analysis.directions import direction, required_direction, spoken
 from analysis.figures_style import (
     COLOURS,
     FAINT,
@@ -142,7 +142,7 @@ def accuracy_against_parameters(
                 color=look(k)[0], marker=look(k)[1],
             )  # fmt: skip
         _frontier(ax, sizes.to_numpy(), first["estimate"].to_numpy(), way < 0)
-        style_axes(ax, name, f"{metric.replace('_', ' ')} (%)" if ax is axes[0] else "")
+        style_axes(ax, name, f"{spoken(metric)} (%)" if ax is axes[0] else "")
         percent_ticks(ax)
         if log:
             ax.set_xscale("log")
@@ -198,7 +198,7 @@ def sweep_overview(
         if not np.isnan(cell["low"]):
             drawn.plot([cell["low"], cell["high"]], [y, y], color=INK, linewidth=1.4)
         drawn.plot(cell["estimate"], y, marker="|", markersize=11, markeredgewidth=2.2, color=INK)
-    name = metric.replace("_", " ")
+    name = spoken(metric)
     style_axes(drawn, f"{name} (%)", "", grid="x")
     percent_ticks(drawn, "x")
     drawn.set_ylim(len(table) - 0.4, -0.6)

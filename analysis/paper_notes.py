@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from analysis.directions import spoken
+from analysis.listing import count, some
 from analysis.seeds import rank_columns
 from analysis.statistics import MOST_EXACT, smallest_p
 from cl_peft.errors import DataError
@@ -51,8 +53,7 @@ def notes_on(
     """
     counts = sorted({int(n) for n in cells["n"] if n})
     what = "Interquartile mean" if statistic == "iqm" else "Mean"
-    plural = "s" if counts[-1:] != [1] else ""
-    notes = [f"{what} of {_range(counts)} run{plural} each ({len(runs)} in all)."]
+    notes = [f"{what} of {count(_range(counts), 'run')} each ({len(runs)} in all)."]
     if unbalanced:
         notes.append("Runs per stream differ, so a stream with more of them weighs more.")
     if interval != "none" and cells["low"].notna().any():
@@ -75,16 +76,15 @@ def ranks_note(scores: pd.DataFrame, metric: str, way: int) -> str:
         metric: Whose scores they are.
         way: Its direction, 1 or -1.
     """
-    name = metric.replace("_", " ")
+    name = spoken(metric)
     try:
         found = rank_columns(scores.dropna(axis=1, how="all"), way > 0)
     except DataError as error:
         return f"No ranks of {name} over streams: {error}"
     ranks = [f"{label} {rank:.2f}" for label, rank in found.ranks.items()]
-    more = f", and {len(ranks) - MOST_RANKED} more" if len(ranks) > MOST_RANKED else ""
     return (
         f"Average rank of {name} over {found.n} streams, means over shared seeds ranked within "
-        f"each (Demšar 2006): {', '.join(ranks[:MOST_RANKED])}{more}; Friedman p {found.p:.2g}, "
+        f"each (Demšar 2006): {some(ranks, MOST_RANKED)}; Friedman p {found.p:.2g}, "
         f"the smallest they can give is {found.smallest_p:.2g}."
     )
 
@@ -100,13 +100,13 @@ def _test_note(tested: pd.DataFrame, reference: str | None, alpha: float) -> str
     family = int(tested.groupby("metric").size().min())
     against = reference or "the best"
     pairs = _range(sorted(set(tested["n"].astype(int))))
-    comparisons = f"{family} comparison{'s' if family > 1 else ''}"
-    least = f"he smallest p that {pairs} pairs can give is {smallest:.2g}"
+    comparisons = count(family, "comparison")
+    least = f"he smallest p that {count(pairs, 'pair')} can give is {smallest:.2g}"
     corrected = min(1.0, smallest * family)
     if corrected >= alpha:
         least += (
             f", {corrected:.2g} after correction, so nothing here can be significant: that takes "
-            f"{pairs_needed(alpha, family)} pairs"
+            + count(pairs_needed(alpha, family), "pair")
         )
         warnings.warn(f"too few runs: t{least}", stacklevel=4)
     return (

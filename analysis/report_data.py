@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folders import load_predictions, load_stream
+from analysis.listing import natural, some
 from analysis.load import SEED_COLUMNS, load_run_table, load_runs, varying_keys
 from analysis.samples import misrouted, routing_confusion
 from analysis.tables import configuration_columns, configuration_labels, describing_columns, summary
@@ -101,10 +102,9 @@ def gather(folder: str | Path) -> Sweep:
     if len(unfinished):
         named = [f"{run} ({state})" for run, state in zip(unfinished["run"], unfinished["state"],
                                                           strict=True)]  # fmt: skip
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         warnings.warn(
             f"{len(named)} of {len(table)} runs are not finished and not in tables and figures of "
-            f"results: {', '.join(named[:NAMED])}{more}",
+            f"results: {some(named, NAMED)}",
             stacklevel=2,
         )
     return sweep
@@ -207,7 +207,7 @@ def configuration(sweep: Sweep) -> tuple[dict[str, dict[str, list[str]]], dict[s
     found: dict[str, dict[str, list[str]]] = {}
     for key in differ:
         pairs = zip(values[key], table["run"], strict=True)
-        for value, run in sorted(pairs, key=lambda pair: _in_order(pair[0])):
+        for value, run in sorted(pairs, key=lambda pair: natural(pair[0])):
             found.setdefault(key, {}).setdefault(value, []).append(str(run))
     return found, {key: seen[0] for key, seen in values.items() if len(set(seen)) == 1}
 
@@ -241,14 +241,6 @@ def plain(value: object) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     return str(value)
-
-
-def _in_order(value: str) -> tuple[bool, float, str]:
-    """Numbers by size, then words."""
-    try:
-        return (False, float(value), "")
-    except ValueError:
-        return (True, 0.0, value)
 
 
 # ---------------------------------------------------------------- one run

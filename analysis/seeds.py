@@ -19,6 +19,7 @@ import pandas as pd
 from analysis import ranks as ranking
 from analysis.directions import required_direction
 from analysis.folders import open_run
+from analysis.listing import in_order
 from analysis.load import SEED_COLUMNS, load_predictions, load_run_table
 from analysis.pairing import changed_data, in_same_tasks, most_alike, refuse_other_tests
 from analysis.statistics import Statistic, bootstrap_interval, holm, paired_permutation
@@ -85,7 +86,8 @@ def intervals(
         seed: Of the resampling.
 
     Returns:
-        One row per configuration and metric: the columns of ``by``, metric, estimate, low, high,
+        One row per configuration (in natural order of the columns of ``by``) and metric: these
+        columns, metric, estimate, low, high,
         half_width, n (runs with a number).
 
     Raises:
@@ -243,6 +245,7 @@ def score_table(
     refuse_hidden_differences(runs, list(dict.fromkeys([*keys, *on])))
     if not leave_out:
         refuse_other_tests(runs, on)
+    runs = in_order(runs, keys)
     runs = runs.assign(label=configuration_labels(runs, keys))
     if not (runs["label"] != "").any():
         runs["label"] = "all runs"
@@ -327,4 +330,5 @@ def _keys(frame: pd.DataFrame, by: Sequence[str] | None, strata: str | None) -> 
 def _groups(runs: pd.DataFrame, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
     if not keys:
         return [((), runs)]
-    return [(values, part) for values, part in runs.groupby(list(keys), sort=False, dropna=False)]
+    groups = in_order(runs, keys).groupby(list(keys), sort=False, dropna=False)
+    return [(values, part) for values, part in groups]

@@ -51,4 +51,4 @@ def test_nothing_is_ranked_by_what_has_no_direction(grid):
     table = analysis.paper_table(frame, metric=["stored_parameters", "misroute_luck"])
     assert (table.cells["rank"] == 0).all()
     assert "Bold" not in " ".join(table.notes)
-    assert "| stored parameters | misroute luck (%) |" in table.to_markdown()
+    assert "| stored parameters | gained by routing (%) |" in table.to_markdown()

@@ -76,8 +76,8 @@ ROUTED = {
 }
 ERRORS = {
     "router accuracy (%) ↑": ("router_accuracy", "none"),
-    "routing loss (%) ↓": ("routing_loss", "none"),
-    "misroute luck (%)": ("misroute_luck", "none"),
+    "lost by routing (%) ↓": ("routing_loss", "none"),
+    "gained by routing (%)": ("misroute_luck", "none"),
     "forgetting module drift (%) ↓": ("forgetting_module_drift", "none"),
     "forgetting routing drift (%) ↓": ("forgetting_routing_drift", "none"),
 }
