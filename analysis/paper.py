@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ from cl_peft.errors import DataError, did_you_mean
 DEFAULT_METRICS = ("average_accuracy_oracle", "average_accuracy_routed", "forgetting_routed")
 _LATEX = {
     "\\": r"\textbackslash{}",
+    # \\ and \midrule before a row take what stands in brackets, or a star, as an option
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
     "&": r"\&",
     "%": r"\%",
     "$": r"\$",
@@ -41,6 +46,10 @@ _LATEX = {
     "†": r"$^{\dagger}$",
     "↑": r"$\uparrow$",
     "↓": r"$\downarrow$",
+    "→": r"$\rightarrow$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "×": r"$\times$",
 }
 
 
@@ -219,7 +228,8 @@ def paper_table(
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX prints as it is: every special character becomes its command."""
+    """Text that LaTeX prints as it is: special characters become commands, line breaks spaces."""
+    text = re.sub(r"\s*[\r\n]\s*", " ", text)  # a blank line would end a caption
     return "".join(_LATEX.get(character, character) for character in text)
 
 

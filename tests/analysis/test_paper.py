@@ -223,7 +223,7 @@ def test_what_prints_alike_is_marked_alike(tmp_path, write_run):
     routed = frame["metric"].eq("average_accuracy") & frame["routing"].eq("routed")
     frame.loc[routed & frame["run"].eq("b"), "value"] += 1e-5
     table = analysis.paper_table(frame, metric=[ROUTED])
-    assert table.cells["rank"].tolist() == [1, 1, 2]
+    assert table.cells["rank"].tolist() == [2, 1, 1]  # the row of prototype comes first
     assert "±" not in table.to_markdown()  # one run has no interval
     equal = analysis.paper_table(frame, metric=["average_accuracy_oracle"])
     assert equal.cells["rank"].tolist() == [0, 0, 0]
@@ -263,6 +263,9 @@ def test_latex_table(frame):
         ("back\\slash", r"back\textbackslash{}slash"),
         ("1.0 ± 0.2†", r"1.0 $\pm$ 0.2$^{\dagger}$"),
         ("−3 < x | y", r"$-$3 \textless{} x \textbar{} y"),
+        ("[1] * [2, 3]", "{[}1{]} {*} {[}2, 3{]}"),
+        ("a → b ≥ c ≤ d × 2", r"a $\rightarrow$ b $\geq$ c $\leq$ d $\times$ 2"),
+        ("one\n \n\ntwo\r\nthree", "one two three"),
     ],
 )
 def test_escaping(text, expected):
@@ -275,6 +278,15 @@ def test_names_are_escaped(tmp_path, write_run):
     table = analysis.paper_table(analysis.load_runs(tmp_path), metric=[ROUTED])
     assert r"top\_k \& soft\textbar{}100\%" in table.to_latex()
     assert r"| top_k & soft\|100% |" in table.to_markdown()
+
+
+def test_latex_of_names_that_begin_like_an_option(tmp_path, write_run):
+    for name, router in (("a", "[1]"), ("b", "*")):
+        write_run(tmp_path / "g" / name, router=router)
+    text = analysis.paper_table(analysis.load_runs(tmp_path)).to_latex(caption="Of\n\nlayers")
+    assert not re.search(r"(\\\\|rule)\s*[\[*]", text)
+    assert "\n{[}1{]} & " in text
+    assert r"\caption{Of layers}" in text
 
 
 def test_csv_holds_all_digits(grid, frame):
