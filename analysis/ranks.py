@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from analysis.statistics import PairedTest, paired_permutation
+from analysis.statistics import PairedTest, checked_pairs, paired_permutation
 from cl_peft.errors import DataError
 
 #: What ranks over blocks are about.
@@ -149,12 +149,11 @@ def wilcoxon(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> PairedTest:
     Raises:
         DataError: Different lengths, no pair, or a value that is NaN.
     """
-    plain = paired_permutation(a, b, resamples=1, seed=seed)  # checks; its difference is the mean
-    d = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    d = d.round(12)  # equal differences of other numbers may be off in the last bits
+    first, second = checked_pairs(a, b)
+    d = (first - second).round(12)  # equal differences of other numbers may be off in the last bits
     signed = np.sign(d) * pd.Series(np.abs(d)).rank().to_numpy()
     ranked = paired_permutation(signed, np.zeros(len(d)), seed=seed)
-    return replace(ranked, difference=plain.difference)
+    return replace(ranked, difference=float((first - second).mean()))
 
 
 def friedman(scores: ArrayLike) -> tuple[float, float]:

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from analysis.listing import count
 from analysis.pairing import in_same_tasks
 from cl_peft.errors import DataError
 
@@ -111,7 +112,8 @@ def bootstrap_interval(
         raise DataError(f"One value per run, one stratum each: {data.shape} and {groups.shape}.")
     _check_level(level)
     f = _statistic(statistic)
-    parts = [data[groups == label] for label in pd.unique(groups)]
+    # sorted, so that equal values have equal intervals in whatever order runs were found
+    parts = [np.sort(data[groups == label]) for label in sorted(pd.unique(groups), key=str)]
     estimate = float(f(np.concatenate(parts), axis=-1))
     if max(map(len, parts)) < 2 or np.isnan(data).any():
         return Interval(estimate, NAN, NAN, level, len(data))
@@ -145,7 +147,8 @@ class PairedTest:
     def note(self, alpha: float = 0.05) -> str:
         """What the test can show, for beside the result."""
         kind = "all sign patterns" if self.exact else "random sign patterns"
-        text = f"{self.n} pairs, {kind}; the smallest p they can give is {self.smallest_p:.2g}"
+        text = f"{count(self.n, 'pair')}, {kind}"
+        text += f"; the smallest p they can give is {self.smallest_p:.2g}"
         short = self.smallest_p > alpha
         return text + (f", so none can be significant at {alpha:g}" if short else "")
 
@@ -170,12 +173,8 @@ def paired_permutation(
     Raises:
         DataError: Different lengths, no pair, or a value that is NaN.
     """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if first.shape != second.shape or first.ndim != 1 or not len(first):
-        raise DataError(f"A paired test needs pairs: shapes {first.shape} and {second.shape}.")
+    first, second = checked_pairs(a, b)
     d = first - second
-    if np.isnan(d).any():
-        raise DataError("A paired test needs numbers on both sides of every pair; one is NaN.")
     n = len(d)
     exact = n <= MOST_EXACT
     if exact:
@@ -188,6 +187,20 @@ def paired_permutation(
     extreme = int((np.abs(signs @ d) >= bound).sum())
     p = extreme / 2**n if exact else (1 + extreme) / (1 + resamples)
     return PairedTest(float(d.mean()), p, n, smallest_p(n, resamples), exact)
+
+
+def checked_pairs(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides of a paired test.
+
+    Raises:
+        DataError: Different lengths, no pair, or a value that is NaN.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise DataError(f"A paired test needs pairs: shapes {first.shape} and {second.shape}.")
+    if np.isnan(first - second).any():
+        raise DataError("A paired test needs numbers on both sides of every pair; one is NaN.")
+    return first, second
 
 
 def smallest_p(n: int, resamples: int = 20_000) -> float:
@@ -297,6 +310,8 @@ def compare_examples(
         picks = rng.integers(0, len(table), (resamples, len(table)))
         gained = (table["only_a"] - table["only_b"]).to_numpy(dtype=np.float64)
         sizes = table["n"].to_numpy(dtype=np.float64)
+        order = np.lexsort((sizes, gained))  # the order of the pairs decides nothing
+        gained, sizes = gained[order], sizes[order]
         drawn = gained[picks].sum(1) / sizes[picks].sum(1)
         test = paired_permutation(table["accuracy_a"], table["accuracy_b"], seed=seed)
         interval = Interval(total, *_quantiles(drawn, level), level, len(table))

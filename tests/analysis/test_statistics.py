@@ -33,7 +33,7 @@ def test_interquartile_mean_does_not_trim_what_is_missing():
 
 @pytest.mark.parametrize("statistic", [np.mean, np.median])
 def test_bootstrap_agrees_with_scipy(rng, statistic):
-    values = rng.normal(size=12)
+    values = np.sort(rng.normal(size=12))  # as the interval draws from them
     mine = analysis.bootstrap_interval(values, statistic=statistic, resamples=5000, seed=3)
     theirs = scipy.stats.bootstrap(
         (values,), statistic, n_resamples=5000, method="percentile", rng=np.random.default_rng(3)
@@ -64,6 +64,14 @@ def test_stratified_bootstrap_against_all_resamples():
     mine = analysis.bootstrap_interval([*a, *b], list("aabbb"), level=0.9, resamples=40_000)
     assert (mine.low, mine.high) == pytest.approx(exact, abs=0.15)
     assert mine.estimate == np.mean([*a, *b])
+
+
+def test_the_order_of_values_decides_nothing(rng):
+    values, streams = rng.normal(size=8), np.array(["a", "b"] * 4)
+    found = analysis.bootstrap_interval(values, streams, resamples=200)
+    for order in (np.arange(8)[::-1], rng.permutation(8)):
+        other = analysis.bootstrap_interval(values[order], streams[order], resamples=200)
+        assert (other.low, other.high) == (found.low, found.high)
 
 
 def test_intervals_of_too_little():
@@ -255,6 +263,18 @@ def test_wilcoxon_agrees_with_scipy(rng, n):
         assert mine.p == pytest.approx(theirs.pvalue)
         assert mine.difference == pytest.approx(np.mean(a - b))
         assert mine.smallest_p == analysis.smallest_p(n)
+
+
+def test_wilcoxon_tries_the_signs_once(monkeypatch):
+    calls = []
+    plain = statistics.paired_permutation
+    monkeypatch.setattr(
+        ranks, "paired_permutation", lambda *a, **k: calls.append(a) or plain(*a, **k)
+    )
+    assert analysis.wilcoxon([3.0, 1.0, 2.5], [1.0, 2.0, 0.5]).difference == 1.0
+    assert len(calls) == 1
+    with pytest.raises(DataError, match="needs pairs"):
+        analysis.wilcoxon([1.0], [1.0, 2.0])
 
 
 def test_wilcoxon_ranks_differences():
