@@ -87,10 +87,18 @@ def refuse_other_tests(runs: pd.DataFrame, paired_by: Sequence[str]) -> None:
         if len(block) < 2 or other.empty:
             continue
         one, two = block.iloc[0], other.iloc[-1]
+        names = [f"{run['group']}/{run['run']}" for run in (one, two)]
+        silent = [n for n, run in zip(names, (one, two), strict=True) if run["tests"] == UNKNOWN]
+        if silent:
+            raise DataError(
+                f"Runs {' and '.join(names)} cannot be paired: it is unknown what examples "
+                f"{' and '.join(silent)} was tested on, since there is no stream.json.\n"
+                "  Run it again with fresh=true, or leave it out with where=."
+            )
         keys = [c for c in runs.columns if c.startswith("stream.") and _differ(one[c], two[c])]
         why = _keys_text({key: (one[key], two[key]) for key in keys})
         raise DataError(
-            f"Runs {one['group']}/{one['run']} and {two['group']}/{two['run']} cannot be paired: "
+            f"Runs {' and '.join(names)} cannot be paired: "
             f"they were tested on other examples ({one['tests']} and {two['tests']}). "
             + (why or "cl-peft compare says what differs.")
             + "\n  Compare runs of one stream and one state of its data: load them with where=."
@@ -109,6 +117,27 @@ def most_alike(runs: pd.DataFrame, paired_by: Sequence[str]) -> pd.DataFrame:
         return known[known["tests"].isin(known["tests"].mode()[:1])]
     tests = known.groupby(list(paired_by), dropna=False, sort=False)["tests"]
     return known[known["tests"] == tests.transform(lambda found: found.mode()[0])]
+
+
+def tested_alike(runs: pd.DataFrame, row: pd.Series, paired_by: Sequence[str]) -> bool:
+    """Whether the numbers of a table's rows can be ranked: all are of the same test examples.
+
+    Where the test examples go by the seeds, a row that lacks a seed is still alike.
+
+    Args:
+        runs: As in :func:`refuse_other_tests`.
+        row: Which row each run belongs to.
+        paired_by: As there.
+    """
+    if "tests" not in runs.columns or row.nunique() < 2:
+        return True
+    each = {frozenset(tests) for _, tests in runs["tests"].groupby(row)}
+    if any(UNKNOWN in tests for tests in each):
+        return False
+    if len(each) == 1 or not paired_by:
+        return len(each) == 1
+    blocks = runs.assign(row=row).groupby(list(paired_by), dropna=False)[["tests", "row"]].nunique()
+    return bool(blocks["tests"].max() == 1 and blocks["row"].max() == row.nunique())
 
 
 def changed_data(runs: Sequence[RunFiles]) -> str:

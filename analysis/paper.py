@@ -10,12 +10,15 @@ from typing import Any
 import pandas as pd
 
 from analysis.directions import direction, heading, is_count
-from analysis.paper_notes import notes_on, ranks_note
+from analysis.listing import in_order
+from analysis.pairing import most_alike, tested_alike
+from analysis.paper_notes import left_out_note, notes_on, ranks_note, unmarked_note
 from analysis.seeds import (
     compare_columns,
     final_numbers,
     intervals,
     method_keys,
+    paired_by,
     score_table,
 )
 from analysis.statistics import holm
@@ -161,7 +164,8 @@ def paper_table(
     streams (Demsar 2006). With ``strata="stream"`` a configuration is one row, its numbers are over
     all streams, and the tests are Wilcoxon's over streams. Seeds never count as data sets.
 
-    Bold and underlined go by the numbers as printed, so what reads equal is marked alike.
+    Bold and underlined go by the numbers as printed, so what reads equal is marked alike. Rows that
+    were tested on other examples than one another (column ``tests``) have neither.
 
     Args:
         frame: From :func:`analysis.load_runs`.
@@ -203,15 +207,26 @@ def paper_table(
             f"No configuration is called {reference!r}.{did_you_mean(reference, labels)}\n"
             f"  there are: {'; '.join(dict.fromkeys(labels))}"
         )
-    parts, tests, texts = [], [], []
+    on = paired_by(frame, own)
+    row = pd.Series(0, runs.index)
+    if keys:  # numbered as the rows of intervals are
+        row = in_order(runs, keys).groupby(keys, sort=False, dropna=False).ngroup()[runs.index]
+    alike = {
+        name: tested_alike(runs[row.isin(part.index)], row[row.isin(part.index)], on)
+        for name, part in first.groupby(streams, sort=False)
+    }
+    left = runs.drop(most_alike(runs, on).index) if "tests" in runs.columns else runs[:0]
+    unlike = [name if len(alike) > 1 else "" for name, same in alike.items() if not same]
+    parts, tests, texts = [], [], unmarked_note(unlike, metric)
     for name in metric:
         column = numbers[numbers["metric"] == name].reset_index(drop=True)
         cells = column.drop(columns=keys).assign(row=range(len(column)), label=labels)
         cells["text"] = [_text(cell, name, interval, digits) for _, cell in cells.iterrows()]
         cells["rank"] = 0
-        for _, part in cells["estimate"].groupby(streams, sort=False):
-            cells.loc[part.index, "rank"] = _ranks(part, name, digits)
-        found, said = _tests(frame, name, own, cells, streams, reference, seed)
+        for stream, part in cells["estimate"].groupby(streams, sort=False):
+            if alike[stream]:
+                cells.loc[part.index, "rank"] = _ranks(part, name, digits)
+        found, said = _tests(frame, name, own, cells, streams, reference, seed, left)
         tests.append(found.assign(metric=name))
         texts += said
         known = found.set_index(["stream", "b"])["p_holm"]
@@ -244,17 +259,13 @@ def _tests(
     streams: pd.Series,
     reference: str | None,
     seed: int,
+    left: pd.DataFrame,
 ) -> tuple[pd.DataFrame, list[str]]:
     """Tests of a column, each stream's rows on their own, and what the notes say of its ranks."""
     none = pd.DataFrame(columns=["a", "b", "stream", "p", "p_holm", "n", "smallest_p", "unit"])
     if is_count(metric) or cells["label"].nunique() < 2:
         return none, []
-    said = []
-    try:
-        scores = score_table(frame, metric=metric, by=keys)
-    except DataError as error:  # some were tested on other examples
-        scores = score_table(frame, metric=metric, by=keys, leave_out=True)
-        said = [f"Tests leave out runs with other test examples than most. {_one_line(error)}"]
+    scores = score_table(frame, metric=metric, by=keys, leave_out=not left.empty)
     several = streams.nunique() > 1
     found = [none]
     for stream, part in cells.groupby(streams, sort=False):
@@ -266,11 +277,13 @@ def _tests(
     tests = pd.concat([part for part in found if len(part)] or [none], ignore_index=True)
     tests["p_holm"] = holm(tests["p"].astype("float64"))
     way = direction(metric)
-    return tests, [*said, *([ranks_note(scores, metric, way)] if several and way else [])]
-
-
-def _one_line(error: DataError) -> str:
-    return str(error).splitlines()[0]
+    ranks = [ranks_note(scores, metric, way)] if several and way else []
+    done = tests.loc[tests["n"].astype("float64") > 0, "stream"]
+    if several and not any("Friedman" in text for text in ranks):
+        left = left[left["stream"].isin(done)]
+    elif not several and done.empty:
+        left = left[:0]
+    return tests, [*left_out_note(left), *ranks]
 
 
 def _unbalanced(runs: pd.DataFrame, keys: Sequence[str], strata: str | None) -> bool:

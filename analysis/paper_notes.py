@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.directions import spoken
-from analysis.listing import count, some
+from analysis.directions import direction, spoken
+from analysis.listing import count, natural, some
 from analysis.seeds import rank_columns
 from analysis.statistics import MOST_EXACT, smallest_p
 from cl_peft.errors import DataError
 
 #: Configurations whose average rank is named.
 MOST_RANKED = 10
+#: Runs, or streams, that a note names.
+NAMED = 3
 #: The test of a column and what it speaks of, by what a pair is.
 TESTS = {
     "seed": "paired permutation test over the seeds of one stream, so it speaks of seeds only",
@@ -66,6 +68,33 @@ def notes_on(
     if len(tested):
         notes.append(_test_note(tested, reference, alpha))
     return notes
+
+
+def unmarked_note(streams: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """Where nothing is bold or underlined although there is a best, and why.
+
+    Args:
+        streams: Those whose rows were tested on other examples; "" where all rows are one group.
+        metrics: The columns of the table.
+    """
+    if not streams or not any(map(direction, metrics)):
+        return []
+    where = f" of {some(streams, NAMED)}" if all(streams) else ""
+    return [
+        f"No best or second{where}: the rows were not all tested on the same examples, or it is "
+        "unknown on which."
+    ]
+
+
+def left_out_note(runs: pd.DataFrame) -> list[str]:
+    """Which runs the tests left out, if any."""
+    if runs.empty:
+        return []
+    names = [f"{group}/{run}" for group, run in zip(runs["group"], runs["run"], strict=True)]
+    return [
+        f"Tests leave out {count(len(names), 'run')} not known to be tested on the same examples "
+        f"as most: {some(sorted(names, key=natural), NAMED)}."
+    ]
 
 
 def ranks_note(scores: pd.DataFrame, metric: str, way: int) -> str:

@@ -211,9 +211,14 @@ def rank_columns(
     scores: pd.DataFrame, higher_is_better: bool, alpha: float = 0.05
 ) -> ranking.CriticalDifference:
     """:func:`rank_configurations` of the columns of a :func:`score_table`."""
-    unit = _unit(scores)
+    unit, whole = _unit(scores), scores.dropna()
+    if whole.empty and scores.shape[1] > 1:
+        raise DataError(
+            f"No {unit} has runs of all {scores.shape[1]} methods"
+            + (" with the same seeds." if unit == "stream" else ".")
+        )
     return ranking.critical_difference(
-        _blocks(scores.dropna(), unit), alpha=alpha, higher_is_better=higher_is_better, unit=unit
+        _blocks(whole, unit), alpha=alpha, higher_is_better=higher_is_better, unit=unit
     )
 
 
@@ -240,8 +245,7 @@ def score_table(
     """
     runs = final_numbers(frame, [metric])
     keys = method_keys(runs, configuration_columns(frame) if by is None else by)
-    about = ("run", "state", "group", "tests")
-    on = [c for c in describing_columns(frame) if c not in (*keys, *about)]
+    on = paired_by(frame, keys)
     refuse_hidden_differences(runs, list(dict.fromkeys([*keys, *on])))
     if not leave_out:
         refuse_other_tests(runs, on)
@@ -258,6 +262,12 @@ def score_table(
         index=["stream", "block"], columns="label", values=metric
     )
     return wide.reindex(columns=labels).rename_axis(columns=None)
+
+
+def paired_by(frame: pd.DataFrame, keys: Sequence[str]) -> list[str]:
+    """Columns in which runs agree that are paired, where ``keys`` tell methods apart."""
+    about = ("run", "state", "group", "tests")
+    return [c for c in describing_columns(frame) if c not in (*keys, *about)]
 
 
 def method_keys(runs: pd.DataFrame, keys: Sequence[str]) -> list[str]:

@@ -130,7 +130,9 @@ def aggregate(
     refuse_hidden_differences(runs, keys)
     names = [c for c in runs.columns if c not in (*describing_columns(frame), "tasks")]
     names = names if metric is None else list(metric)
-    long = in_order(runs, keys).melt(id_vars=keys, value_vars=names, var_name="metric", value_name="value")
+    long = in_order(runs, keys).melt(
+        id_vars=keys, value_vars=names, var_name="metric", value_name="value"
+    )
     groups = long.groupby([*keys, "metric"], sort=False, dropna=False)["value"]
     return groups.agg(mean="mean", std="std", n="count").reset_index()
 

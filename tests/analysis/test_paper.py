@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -408,13 +409,77 @@ def test_a_table_of_runs_that_cannot_be_paired(tmp_path, write_run):
                 (run / "stream.json").write_text(text)
     frame = analysis.load_runs(tmp_path)
     table = analysis.paper_table(frame, metric=[ROUTED], reference="ridge")
-    (note,) = [note for note in table.notes if note.startswith("Tests leave out")]
-    assert "cannot be paired: they were tested on other examples" in note
+    said = "Tests leave out 6 runs not known to be tested on the same examples as most: "
+    assert f"{said}g/other-0, g/other-1, g/other-2 and 3 more." in table.notes
+    assert any(note.startswith("No best or second: the rows were not all") for note in table.notes)
+    assert (table.cells["rank"] == 0).all()
+    alone = analysis.paper_table(frame, metric=[ROUTED], reference="other")
+    assert "leave out" not in " ".join(alone.notes)  # nothing was tested
     assert table.cells["estimate"].notna().all()
     p = table.cells.set_index(table.rows["router"])["p_holm"]
     whole = analysis.paper_table(frame[frame["router"] != "other"], reference="ridge").cells
     assert p["prototype"] == whole["p_holm"].iloc[2]
     assert p[["ridge", "other"]].isna().all()
+
+
+def retest(run, word):
+    """Make a run one of other test examples."""
+    text = (run / "stream.json").read_text()
+    (run / "stream.json").write_text(re.sub('"test_digest": "...', f'"test_digest": "{word}', text))
+
+
+@pytest.mark.parametrize(
+    ("words", "marked"),
+    [
+        ({}, True),
+        ({"ridge-0": "1", "prototype-0": "1"}, True),  # tests that go by the seed
+        ({"ridge-0": "1", "ridge-1": "2", "prototype-1": "2"}, True),  # prototype-0 is missing
+        ({"ridge-0": "1", "ridge-1": "1"}, False),
+        ({"prototype-1": "1"}, False),
+        ({"ridge-0": None, "prototype-0": None}, False),  # unknown
+    ],
+)
+def test_only_rows_of_the_same_tests_are_ranked(tmp_path, write_run, words, marked):
+    for router in ("ridge", "prototype"):
+        for seed in range(2):
+            name = f"{router}-{seed}"
+            if "ridge-0" in words and "ridge-1" in words and name == "prototype-0":
+                continue
+            run = write_run(tmp_path / "g" / name, router=router, seed=seed)
+            if name in words and words[name] is None:
+                (run / "stream.json").unlink()
+            elif name in words:
+                retest(run, words[name])
+    table = analysis.paper_table(analysis.load_runs(tmp_path), metric=[ROUTED, "module_parameters"])
+    assert (table.cells["rank"] > 0).any() == marked
+    assert ("No best or second" in " ".join(table.notes)) != marked
+    assert ("Bold" in " ".join(table.notes)) == marked
+    size = analysis.paper_table(analysis.load_runs(tmp_path), metric=["module_parameters"])
+    assert "No best" not in " ".join(size.notes)
+
+
+def test_streams_of_other_tests_are_named(streams, tmp_path):
+    shutil.copytree(streams, tmp_path / "runs")
+    retest(tmp_path / "runs" / "g" / "easy-ridge-0", "1")
+    table = analysis.paper_table(analysis.load_runs(tmp_path), metric=[ROUTED])
+    easy = table.cells[(table.rows["stream"] == "easy").to_numpy()]
+    assert (table.cells["rank"] > 0).sum() == 4
+    assert (easy["rank"] == 0).all()
+    text = " ".join(table.notes)
+    assert "No best or second of easy: " in text
+    assert "Tests leave out 1 run not known" in text
+    few = analysis.load_runs(tmp_path)
+    few = few[(few["router"] == "ridge") != (few["stream"] == "easy")]
+    text = " ".join(analysis.paper_table(few, metric=[ROUTED]).notes)
+    assert "No stream has runs of all 2 methods with the same seeds." in text
+
+
+def test_a_single_pair(tmp_path, write_run):
+    for router in ("ridge", "prototype"):
+        write_run(tmp_path / "g" / router, router=router)
+    text = analysis.paper_table(analysis.load_runs(tmp_path), metric=[ROUTED]).to_markdown()
+    assert "The smallest p that 1 pair can give is 1" in text
+    assert analysis.paired_permutation([1.0], [0.0]).note().startswith("1 pair, ")
 
 
 @pytest.mark.parametrize(("alpha", "family", "pairs"), [(0.05, 1, 6), (0.05, 3, 7), (0.125, 1, 5)])
