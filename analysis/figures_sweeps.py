@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ from analysis.figures_style import (
 from analysis.ranks import CriticalDifference
 from analysis.seeds import final_numbers, intervals
 from analysis.tables import configuration_columns, configuration_labels
+
+#: Inches that a letter of the SMALL size takes, on average.
+LETTER = 0.065
 
 
 def stability_plasticity(
@@ -231,7 +235,7 @@ def critical_difference_diagram(
     half = -(-k // 2)
     # room for the names on both sides, in inches, of which the rank line gets the rest
     room = 0.068 * (max(len(str(name)) for name in ranks.index) + 6) + 0.4
-    drawn = new_axes(ax, 2 * room + 3.2, 1.6 + 0.26 * half + 0.16 * len(result.cliques))
+    drawn = new_axes(ax, 2 * room + 3.2, 1.7 + 0.26 * half + 0.16 * len(result.cliques))
     inches = 2 * room + 3.2 if ax is None else ax.get_window_extent().width / figure_of(ax).dpi
     drawn.set_axis_off()
     depth = 0.45 * len(result.cliques) + 0.7
@@ -266,8 +270,10 @@ def critical_difference_diagram(
         y = -0.4 - 0.45 * level
         ends = ranks[clique[0]] - 0.02 * (k - 1), ranks[clique[-1]] + 0.02 * (k - 1)
         drawn.plot(ends, [y, y], color=INK, linewidth=3.5, solid_capstyle="butt")
-    note = result.note().replace("; Nemenyi", ";\nNemenyi")
-    drawn.set_title(title or note, fontsize=SMALL, color=GREY)
+    # as wide as the axes at most: beyond the figure's edge it would be cut off
+    letters = max(20, int(inches / LETTER))
+    lines = textwrap.wrap(title or result.note(), letters, break_on_hyphens=False)
+    drawn.set_title("\n".join(lines), fontsize=SMALL, color=GREY)
     return drawn
 
 

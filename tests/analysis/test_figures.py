@@ -4,6 +4,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -388,7 +389,7 @@ def test_critical_difference_diagram(grid):
         assert any(name in text and f"{rank:.2f}" in text for text in texts)
     bars = [line for line in ax.lines if line.get_linewidth() == 3.5]
     assert len(bars) == len(result.cliques)
-    assert "the smallest they can give" in ax.get_title()
+    assert "the smallest they can give" in ax.get_title().replace("\n", " ")
     # every name lies within the picture
     figure = figures.figure_of(ax)
     figure.draw_without_rendering()
@@ -397,6 +398,19 @@ def test_critical_difference_diagram(grid):
         extent = text.get_window_extent()
         assert box.x0 <= extent.x0
         assert extent.x1 <= box.x1
+
+
+@pytest.mark.parametrize("unit", ["seed", "stream"])
+def test_the_note_above_a_narrow_diagram_is_not_cut_off(unit):
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    scores = pd.DataFrame(values, columns=["a", "b", "c"])
+    ax = analysis.critical_difference_diagram(analysis.critical_difference(scores, unit=unit))
+    figure = figures.figure_of(ax)
+    figure.draw_without_rendering()
+    extent, box = ax.title.get_window_extent(), figure.bbox
+    assert box.x0 <= extent.x0
+    assert extent.x1 <= box.x1
+    assert extent.y1 <= box.y1
 
 
 def test_single_panels_draw_where_they_are_told(sweep):
