@@ -216,6 +216,9 @@ def test_examples_of_several_runs_are_resampled_by_run(rng):
     accuracies = np.array([[a["routed_prediction"].eq(0).mean() for a in pair] for pair in pairs])
     assert result.test.p == analysis.paired_permutation(*accuracies.T).p
     assert (result.pairs["only_a"] - result.pairs["only_b"]).tolist() == gains
+    # the order of the pairs decides nothing
+    few, other = (analysis.compare_examples(p, resamples=50) for p in (pairs, pairs[::-1]))
+    assert few.interval == other.interval
 
 
 def test_a_single_pair_of_runs_resamples_its_examples_within_tasks(rng):
