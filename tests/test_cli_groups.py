@@ -167,6 +167,24 @@ def test_no_command_on_groups_imports_torch(group):
 # ---------------------------------------------------------------- paper
 
 
+def test_a_table_over_replicates(tmp_path, capsys):
+    """The mean over a key that is no seed: the three samples of a benchmark, say."""
+    group = tmp_path / "group"
+    for seed, (router, sample) in enumerate((r, s) for r in ("ridge", "klda") for s in "ab"):
+        node = config(router__name=router, stream__sample=sample)
+        write_run(group / f"{router}-{sample}", tasks=3, seed=seed, cfg=node)
+    wanted = ["--metrics", "average_accuracy_routed", "--format", "csv"]
+    assert main(["table", str(group), *wanted]) == 0
+    each = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert len(each) == 4
+    assert main(["table", str(group), *wanted, "--over", "stream.sample"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out)).set_index("router")
+    means = each.groupby("router")[wanted[1]].mean()
+    assert table[wanted[1]].to_dict() == pytest.approx(means.to_dict())
+    assert main(["table", str(group), *wanted, "--over", "stream.sampel"]) == 2
+    assert "Did you mean 'stream.sample'?" in capsys.readouterr().err
+
+
 def test_table_in_three_forms(group, tmp_path, capsys):
     wanted = ["--metrics", "average_accuracy_routed", "router_accuracy"]
     assert main(["table", str(group), *wanted]) == 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_peft.atomic import disk_error, write_atomic
 from cl_peft.commands.groups import require_folder
-from cl_peft.errors import DataError
+from cl_peft.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from analysis.report_data import Sweep
@@ -41,6 +41,12 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
     table.add_argument(
         "--caption", metavar="TEXT", help="with --format latex: a table environment with the notes"
     )
+    table.add_argument(
+        "--over",
+        metavar="KEY",
+        help="a key to take the mean over, as over seeds: stream, or a replicate such as "
+        "stream.sample",
+    )
     table.add_argument("-o", "--output", type=Path, help="file to write; default the terminal")
     table.set_defaults(run=_table)
 
@@ -58,12 +64,19 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
 
 def _table(options: argparse.Namespace) -> int:
     from analysis.paper import DEFAULT_METRICS, paper_table
+    from analysis.tables import configuration_columns
 
     if options.caption is not None and options.format != "latex":
         raise DataError("--caption is of --format latex; Markdown and CSV have none.")
     metrics = options.metrics or DEFAULT_METRICS
     frame = _sweep(options.folder).finished
-    found = paper_table(frame, metric=metrics, reference=options.reference)
+    if options.over is not None and options.over not in frame:
+        keys = configuration_columns(frame)
+        raise DataError(
+            f"--over {options.over}: the runs do not differ in such a key."
+            f"{did_you_mean(options.over, keys)}\n  they differ in: {', '.join(keys)}"
+        )
+    found = paper_table(frame, metric=metrics, reference=options.reference, strata=options.over)
     if options.format == "latex":
         text = found.to_latex(caption=options.caption)
     else:
