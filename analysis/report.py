@@ -73,6 +73,7 @@ def write_report(
     target: str | Path,
     *,
     reference: str | None = None,
+    over: str | None = None,
     examples: int = EXAMPLES,
     most: int = MOST_RUNS,
 ) -> Path:
@@ -82,6 +83,7 @@ def write_report(
         folder: As :func:`render`.
         target: The file.
         reference: As :func:`render`.
+        over: As :func:`render`.
         examples: As :func:`render`.
         most: As :func:`render`.
 
@@ -93,7 +95,7 @@ def write_report(
         UserError: The page cannot be written.
     """
     path = Path(target)
-    page = render(folder, reference=reference, examples=examples, most=most)
+    page = render(folder, reference=reference, over=over, examples=examples, most=most)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, page.encode())
     return path
@@ -103,6 +105,7 @@ def render(
     folder: str | Path,
     *,
     reference: str | None = None,
+    over: str | None = None,
     examples: int = EXAMPLES,
     most: int = MOST_RUNS,
 ) -> str:
@@ -112,13 +115,14 @@ def render(
         folder: Folder of runs, at any depth below it; usually a group's.
         reference: Label of the configuration that others are tested against, as in
             :func:`analysis.paper_table`; None is the best of each column.
+        over: A key whose values count as seeds; see :func:`analysis.seeds.as_seed`.
         examples: Misrouted examples per run, the most certain mistakes first.
         most: Runs with matrices and examples; all runs are in the tables.
 
     Raises:
         DataError: No such folder, no run in it, or no configuration of that label.
     """
-    sweep = gather(folder)
+    sweep = gather(folder, over)
     runs = overview(sweep)
     data = payload(sweep, runs, examples=examples, most=most)
     sections = [

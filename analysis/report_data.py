@@ -21,6 +21,7 @@ from analysis.folders import load_predictions, load_stream
 from analysis.listing import natural, some
 from analysis.load import SEED_COLUMNS, load_run_table, load_runs, varying_keys
 from analysis.samples import misrouted, routing_confusion
+from analysis.seeds import as_seed
 from analysis.tables import configuration_columns, configuration_labels, describing_columns, summary
 from cl_peft.errors import DamagedRunError, DataError
 from cl_peft.runs import is_held
@@ -73,17 +74,23 @@ class Sweep:
             warnings.warn(text, stacklevel=3)
 
 
-def gather(folder: str | Path) -> Sweep:
+def gather(folder: str | Path, over: str | None = None) -> Sweep:
     """Read the runs of a sweep; warns of those that were skipped and of unfinished ones.
 
+    Args:
+        folder: Of the runs.
+        over: A key whose values count as seeds; see :func:`analysis.seeds.as_seed`.
+
     Raises:
-        DataError: There is no such folder, or no run in it.
+        DataError: There is no such folder, or no run in it, or the runs do not differ in ``over``.
     """
     root = Path(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         table = load_run_table(root)
         frame = load_runs(root, config="varying")
+        if over is not None and len(frame):
+            frame = as_seed(frame, over)
     told = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
     if table.empty:
         raise DataError(

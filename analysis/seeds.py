@@ -36,6 +36,30 @@ from cl_peft.errors import DataError, did_you_mean
 COSTS = ("trainable_parameters", "stored_parameters", "router_parameters")
 
 
+def as_seed(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Count a key as a part of the data's seed: its values are replicates, paired as seeds are.
+
+    For the samples of a benchmark, say. The column goes, and ``seed_data`` numbers what was
+    different in it or in the seed before.
+
+    Args:
+        frame: From :func:`analysis.load_runs`, with the key as a column.
+        key: Such as ``stream.sample``.
+
+    Raises:
+        DataError: No such column.
+    """
+    known = configuration_columns(frame)
+    if key not in known:
+        raise DataError(
+            f"The runs do not differ in a key {key}.{did_you_mean(key, known)}\n"
+            f"  they differ in: {', '.join(known)}"
+        )
+    pairs = frame["seed_data"].astype(str) + "/" + frame[key].astype(str)
+    numbers = pd.factorize(pairs, sort=True)[0]
+    return frame.drop(columns=key).assign(seed_data=pd.array(numbers, dtype="Int64"))
+
+
 def final_numbers(frame: pd.DataFrame, metric: Sequence[str]) -> pd.DataFrame:
     """One row per finished run: describing columns and the wanted columns of its final numbers.
 

@@ -168,19 +168,28 @@ def test_no_command_on_groups_imports_torch(group):
 
 
 def test_a_table_over_replicates(tmp_path, capsys):
-    """The mean over a key that is no seed: the three samples of a benchmark, say."""
+    """A key that is no seed may count as one: the three samples of a benchmark, say."""
     group = tmp_path / "group"
-    for seed, (router, sample) in enumerate((r, s) for r in ("ridge", "klda") for s in "ab"):
+    for seed, (router, sample) in enumerate((r, s) for r in ("ridge", "klda") for s in "abc"):
         node = config(router__name=router, stream__sample=sample)
         write_run(group / f"{router}-{sample}", tasks=3, seed=seed, cfg=node)
     wanted = ["--metrics", "average_accuracy_routed", "--format", "csv"]
     assert main(["table", str(group), *wanted]) == 0
     each = pd.read_csv(io.StringIO(capsys.readouterr().out))
-    assert len(each) == 4
-    assert main(["table", str(group), *wanted, "--over", "stream.sample"]) == 0
+    assert len(each) == 6
+    over = ["--over", "stream.sample"]
+    assert main(["table", str(group), *wanted, *over]) == 0
     table = pd.read_csv(io.StringIO(capsys.readouterr().out)).set_index("router")
     means = each.groupby("router")[wanted[1]].mean()
     assert table[wanted[1]].to_dict() == pytest.approx(means.to_dict())
+    assert main(["table", str(group), *over]) == 0
+    assert "that 3 pairs can give is 0.25" in capsys.readouterr().out  # a pair per sample
+    assert main(["figures", str(group), *over, "-o", str(tmp_path / "figures")]) == 0
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert drawn >= {"anytime_accuracy", "forgetting_per_task_klda"}
+    assert main(["report", str(group), *over, "-o", str(tmp_path / "page.html")]) == 0
+    assert "Mean of 3 runs each (6 in all)" in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
     assert main(["table", str(group), *wanted, "--over", "stream.sampel"]) == 2
     assert "Did you mean 'stream.sample'?" in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
     report.add_argument(
         "--reference", metavar="LABEL", help="configuration to test others against; default best"
     )
+    add_over(report)
     report.add_argument(
         "--examples", type=_count, default=200, help="misrouted examples per run; default 200"
     )
@@ -113,6 +114,7 @@ def _report(options: argparse.Namespace) -> int:
             options.folder,
             target,
             reference=options.reference,
+            over=options.over,
             examples=options.examples,
             most=options.runs,
         )
@@ -161,6 +163,16 @@ def _wandb_report(options: argparse.Namespace) -> int:
     report = build(options.folder, **where, offline=options.dry_run)
     print(specification(report) if options.dry_run else save(report))
     return 0
+
+
+def add_over(parser: argparse.ArgumentParser) -> None:
+    """Let a key count as a seed."""
+    parser.add_argument(
+        "--over",
+        metavar="KEY",
+        help="a key whose values count as seeds, so that means and tests are over them: "
+        "stream.sample, say",
+    )
 
 
 def require_folder(folder: Path) -> None:

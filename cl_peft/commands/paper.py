@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_peft.atomic import disk_error, write_atomic
-from cl_peft.commands.groups import require_folder
-from cl_peft.errors import DataError, did_you_mean
+from cl_peft.commands.groups import add_over, require_folder
+from cl_peft.errors import DataError
 
 if TYPE_CHECKING:
     from analysis.report_data import Sweep
@@ -41,12 +41,7 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
     table.add_argument(
         "--caption", metavar="TEXT", help="with --format latex: a table environment with the notes"
     )
-    table.add_argument(
-        "--over",
-        metavar="KEY",
-        help="a key to take the mean over, as over seeds: stream, or a replicate such as "
-        "stream.sample",
-    )
+    add_over(table)
     table.add_argument("-o", "--output", type=Path, help="file to write; default the terminal")
     table.set_defaults(run=_table)
 
@@ -58,25 +53,19 @@ def add(commands: Any) -> None:  # noqa: ANN401 (argparse names no public type f
     )
     figures.add_argument("folder", type=Path, help="group folder, runs/GROUP, or all of runs")
     figures.add_argument("-o", "--output", type=Path, required=True, help="folder to write into")
+    add_over(figures)
     figures.add_argument("--format", choices=["pdf", "svg", "png"], default="pdf")
     figures.set_defaults(run=_figures)
 
 
 def _table(options: argparse.Namespace) -> int:
     from analysis.paper import DEFAULT_METRICS, paper_table
-    from analysis.tables import configuration_columns
 
     if options.caption is not None and options.format != "latex":
         raise DataError("--caption is of --format latex; Markdown and CSV have none.")
     metrics = options.metrics or DEFAULT_METRICS
-    frame = _sweep(options.folder).finished
-    if options.over is not None and options.over not in frame:
-        keys = configuration_columns(frame)
-        raise DataError(
-            f"--over {options.over}: the runs do not differ in such a key."
-            f"{did_you_mean(options.over, keys)}\n  they differ in: {', '.join(keys)}"
-        )
-    found = paper_table(frame, metric=metrics, reference=options.reference, strata=options.over)
+    frame = _sweep(options).finished
+    found = paper_table(frame, metric=metrics, reference=options.reference)
     if options.format == "latex":
         text = found.to_latex(caption=options.caption)
     else:
@@ -94,7 +83,7 @@ def _figures(options: argparse.Namespace) -> int:
     from analysis.report_figures import plan
 
     drawn: set[Path] = set()
-    for picture in plan(_sweep(options.folder)):
+    for picture in plan(_sweep(options)):
         path = options.output / f"{_name(picture.title)}.{options.format}"
         if path in drawn:  # titles of configurations that differ in signs alone
             path = path.with_name(f"{path.stem}_{len(drawn)}{path.suffix}")
@@ -113,11 +102,12 @@ def _name(title: str) -> str:
     return re.sub(r"\W+", "_", title.lower()).strip("_")[:LONGEST]
 
 
-def _sweep(folder: Path) -> Sweep:
+def _sweep(options: argparse.Namespace) -> Sweep:
     from analysis.report_data import gather
 
+    folder = options.folder
     require_folder(folder)
-    sweep = gather(folder)
+    sweep = gather(folder, options.over)
     if sweep.finished.empty:
         raise DataError(f"No run in {folder} is finished yet; cl-peft status {folder} shows them.")
     return sweep
