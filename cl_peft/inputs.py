@@ -125,18 +125,16 @@ def check_finished(config: Mapping[str, Any], folder: Path) -> None:
         log.warning("this run does not say which state of its data it was made from; %s", again)
     for axis, found in now.items():
         before = (stored or {}).get(axis, {})
-        if before and not found:
-            log.warning("%s is gone: the result cannot be compared with it", _some(files[axis]))
-        elif before and before != found:
-            new = [
-                path
-                for path in files[axis]
-                if found.get(name := _below(files[axis], path)) not in (None, before.get(name))
-            ]
+        other = [name for name, digest in found.items() if before and before.get(name) != digest]
+        if other:
+            paths = [path for path in files[axis] if _below(files[axis], path) in other]
             raise DataError(
                 f"{folder} is the result of other files than {axis}={config[axis]['name']} has "
-                f"now: {_some(new or files[axis])}. {again}; group=NAME keeps both in sight."
+                f"now: {_some(paths or files[axis])}. {again}; group=NAME keeps both in sight."
             )
+        gone = [Path(name) for name in before if name not in found]
+        if gone:
+            log.warning("the result cannot be compared with what is gone: %s", _some(gone))
     codes = {session.get("code") for session in facts.get("sessions", ())} - {None}
     if codes and codes != {code_digest(config)}:
         log.warning("the code of this run's parts changed since it was made; %s", again)

@@ -73,9 +73,12 @@ def test_training_examples_among_the_tests_are_told_of(place, tmp_path, capsys):
 
 def test_files_that_are_gone_are_said_to_be(place, tmp_path, capsys):
     run(*place)
+    (tmp_path / "data/test.csv").unlink()
+    run(*place)
+    assert "cannot be compared with what is gone: test.csv\n" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "data")
     run(*place)
-    assert "test.csv is gone: the result cannot be compared" in capsys.readouterr().err
+    assert "what is gone: train.csv, test.csv\n" in capsys.readouterr().err
 
 
 def test_the_same_words_from_another_folder_are_other_data(place, tmp_path, monkeypatch):
