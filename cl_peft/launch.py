@@ -226,13 +226,14 @@ def _compute(config: dict[str, Any], folder: RunFolder, console: Any, jobs: int)
             log.error("%s", error, exc_info=error)
             known = isinstance(error, UserError)
             words = str(error) if known else f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyboardInterrupt):
+            stopped = isinstance(error, KeyboardInterrupt | SystemExit)  # by a person, by Slurm
+            if stopped:
                 words = "interrupted"
             try:
                 folder.set_status("failed", None, words.strip() or type(error).__name__)
             except UserError as second:  # the disk may be full
                 log.error("the status could not be written: %s", second)
-            if not known and not isinstance(error, KeyboardInterrupt):
+            if not known and not stopped:
                 console.message(f"the traceback is also in {folder.path / 'run.log'}")
             raise
 

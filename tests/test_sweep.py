@@ -1,7 +1,12 @@
 """Sweeps: folders named by what they compute, a status table, finished jobs skipped."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import filelock
 import pandas as pd
@@ -238,6 +243,32 @@ def test_a_cluster_sweep_on_this_machine(tmp_path, cache):
         assert len(table) == 2
         logs = list((tmp_path / "runs" / ".submitit").rglob("*_log.err"))
         assert sum("already finished" in log.read_text() for log in logs) == expected
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_goes_on(tmp_path, cache):
+    """Submitit's signal, as Slurm sends it, in the second task: queued again, and not from zero."""
+    args = ("--multirun", "debug=smoke", *RIDGE, "cluster=local", "trainer.epochs=60", "cache=off",
+            f"paths.runs={tmp_path}", f"paths.cache={cache}")  # fmt: skip
+    folder = folder_of(*(a for a in args[1:] if not a.startswith("cluster")))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    begun = [sys.executable, MAIN, *args]
+    with subprocess.Popen(begun, cwd=tmp_path, env=environment(), **pipes) as process:
+        status = {}
+        while status.get("tasks_done") != 1:
+            assert process.poll() is None
+            time.sleep(0.05)
+            with suppress(FileNotFoundError):
+                status = json.loads((folder / "status.json").read_text())
+        os.kill(status["pid"], signal.SIGUSR2)
+        assert process.wait(timeout=200) == 0
+    log = "".join(path.read_text() for path in (tmp_path / ".submitit").rglob("*_log.err"))
+    assert "Caught signal SIGUSR2" in log
+    assert "going on after task 1" in log
+    assert "traceback" not in log.lower()
+    state = json.loads((folder / "status.json").read_text())
+    assert (state["state"], state["tasks_done"]) == ("finished", 3)
+    assert state["pid"] != status["pid"]
 
 
 @pytest.mark.slow
