@@ -130,17 +130,17 @@ def _test_note(tested: pd.DataFrame, reference: str | None, alpha: float) -> str
     against = reference or "the best"
     pairs = _range(sorted(set(tested["n"].astype(int))))
     comparisons = count(family, "comparison")
-    least = f"he smallest p that {count(pairs, 'pair')} can give is {smallest:.2g}"
+    least = f"the smallest p that {count(pairs, 'pair')} can give is {smallest:.2g}"
     corrected = min(1.0, smallest * family)
     if corrected >= alpha:
         least += (
             f", {corrected:.2g} after correction, so nothing here can be significant: that takes "
             + count(pairs_needed(alpha, family), "pair")
         )
-        warnings.warn(f"too few runs: t{least}", stacklevel=4)
+        warnings.warn(f"too few runs: {least}", stacklevel=4)
     return (
         f"†: differs from {against} ({TESTS[tested['unit'].iloc[0]]}; Holm over {comparisons}, "
-        f"{alpha:g}). T{least}."
+        f"{alpha:g}). {least[0].upper()}{least[1:]}."
     )
 
 

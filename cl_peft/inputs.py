@@ -18,6 +18,7 @@ from typing import Any
 
 from cl_peft.config import build, split_stream
 from cl_peft.errors import DataError
+from cl_peft.view import read_json
 
 log = logging.getLogger(__name__)
 
@@ -115,9 +116,9 @@ def check_finished(config: Mapping[str, Any], folder: Path) -> None:
 
     Raises:
         DataError: Data or weights are others than those of the result.
+        DamagedRunError: What was stored of them cannot be read.
     """
-    path = folder / "provenance.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts = read_json(folder / "provenance.json")
     again = "fresh=true computes it again and keeps the earlier result aside"
     files = local_files(config)
     now, stored = file_digests(files), facts.get("files")

@@ -142,12 +142,11 @@ class World:
         axes = {axis: self.config[axis] for axis in names}
         parts = [
             "learning 5",
-            inputs.code_digest(self.config, (*names, "backbone"), core=()),
-            torch.__version__.split("+")[0],
+            inputs.code_digest(self.config, names, core=()),
             axes,
             dict(self.config["seed"], order=None),
             self.learner.tools.class_names,  # modules may start from them
-            self.backbone.key(),
+            self.backbone.key(),  # with its code, and versions of torch and transformers
             self.backbone.device.type,
             self.learner.tools.trainer.in_bf16(self.backbone.device),
             torch.get_num_threads(),  # sums are split among threads, and round differently

@@ -10,7 +10,7 @@ from running import config, digests, rows_of, run, write_csv
 
 from cl_peft import inputs
 from cl_peft.config import build, validate
-from cl_peft.errors import DataError
+from cl_peft.errors import DamagedRunError, DataError
 
 CLASSES = ("red", "green", "blue", "grey")
 SMALL = ("debug=smoke", "stream=files", "stream.tasks=2", "trainer.epochs=1", "threads=1",
@@ -200,6 +200,14 @@ def test_a_run_that_says_nothing_of_its_data_is_shown_with_a_warning(place, caps
     path.write_text(json.dumps({k: v for k, v in facts.items() if k != "files"}))
     run(*place)
     assert "does not say which state of its data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "7"])
+def test_what_was_stored_may_be_damaged(place, content):
+    path = run(*place) / "provenance.json"
+    path.write_text(content)
+    with pytest.raises(DamagedRunError, match=r"provenance\.json: missing or damaged"):
+        run(*place)
 
 
 def test_made_up_and_downloaded_data_have_no_files():
