@@ -18,18 +18,14 @@ of activations, and ``dc = sum_n g (out - b) / c``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cl_peft.modules import dropping
 from cl_peft.modules.base import Params, Site
-
-#: Numbers that stay in a processor's own cache from one operation to the next (float32: 0.5 MB).
-CACHED = 2**17
 
 
 def fits(site: Site, x: Tensor, y: Tensor, p: Params) -> bool:
@@ -42,75 +38,6 @@ def fits(site: Site, x: Tensor, y: Tensor, p: Params) -> bool:
         and len({x.dtype, y.dtype, layer.weight.dtype, *(t.dtype for t in p.values())}) == 1
         and not torch.is_autocast_enabled(x.device.type)
     )
-
-
-def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """What dropout keeps: true with probability ``1 - p``, shaped like ``x``; and ``1 - p``.
-
-    torch draws about 5 ns per value on a CPU, which made LoRA's dropout a third of a training step.
-    16 random bits decide each value here, so ``1 - p`` is rounded to a multiple of 2^-16; the
-    stream of bits is seeded from torch's global generator.
-    """
-    if x.device.type != "cpu":
-        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return keep.bernoulli_(1 - p), 1 - p
-    limit = max(1, round((1 - p) * 2**16))
-    bits = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
-    ones = np.empty(x.numel(), dtype=np.bool_)
-    for part in range(0, len(ones), CACHED):
-        here = ones[part : part + CACHED]
-        words = bits.integers(0, 2**64, size=-(-len(here) // 4), dtype=np.uint64)
-        np.less_equal(words.view(np.uint16)[: len(here)], np.uint16(limit - 1), out=here)
-    return torch.from_numpy(ones).view(x.shape), limit / 2**16
-
-
-def masked(x: Tensor, keep: Tensor, out: Tensor) -> Tensor:
-    """``x`` times ``keep``, written to ``out``, which is returned.
-
-    numpy multiplies floats by booleans in a third of the time that torch takes, with one thread.
-    """
-    if _whole(x):
-        return torch.mul(x, keep, out=out)
-    with np.errstate(invalid="ignore"):  # infinity times zero: a step that diverges says so itself
-        np.multiply(x.detach().numpy(), keep.numpy(), out=out.numpy())
-    return out
-
-
-def _whole(x: Tensor) -> bool:
-    """Whether pieces would not pay (other devices), or be added up too roughly (half precision)."""
-    return x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
-
-
-def pieces(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows that fit a processor's cache together, and room for as many numbers.
-
-    With dropout, memory is what takes time.
-    """
-    rows = max(1, len(x) if _whole(x) else CACHED // x.shape[1])
-    room = x.new_empty(min(rows, len(x)), x.shape[1])
-    for start in range(0, len(x), rows):
-        stop = min(start + rows, len(x))
-        yield slice(start, stop), room[: stop - start]
-
-
-def dropped_product(x: Tensor, keep: Tensor, a: Tensor) -> Tensor:
-    """``drop(x) A^T``, ``(N, r)``."""
-    u = x.new_empty(len(x), len(a))
-    for part, room in pieces(x):
-        torch.mm(masked(x[part], keep[part], room), a.T, out=u[part])
-    return u
-
-
-def dropped_gradients(
-    dx: Tensor | None, da: Tensor | None, x: Tensor, keep: Tensor, a: Tensor, v: Tensor
-) -> None:
-    """Add ``drop(v A)`` to ``dx``, and ``v^T drop(x)`` to ``da``; None: not wanted."""
-    for part, room in pieces(x):
-        if da is not None:
-            da.addmm_(v[part].T, masked(x[part], keep[part], room))
-        if dx is not None:
-            torch.mm(v[part], a, out=room)
-            dx[part].add_(masked(room, keep[part], room))
 
 
 def back(g: Tensor, weight: Tensor, b: Tensor, a: Tensor, v: Tensor) -> Tensor:
@@ -158,7 +85,7 @@ class LowRank(torch.autograd.Function):
         """
         flat = x.reshape(-1, x.shape[-1])
         keep = None if keep is None else keep.view_as(flat)
-        u = flat @ a.T if keep is None else dropped_product(flat, keep, a)
+        u = flat @ a.T if keep is None else dropping.product(flat, keep, a)
         y.view(-1, y.shape[-1]).addmm_(u, b.T, alpha=scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(flat, u, a, b, weight, keep)
@@ -178,9 +105,8 @@ class LowRank(torch.autograd.Function):
             dx = back(g, weight, scaled, a, v) if want_x else None
             da = v.T @ flat if want_a else None
         else:
-            dx = g @ weight if want_x else None
-            da = torch.zeros_like(a) if want_a else None
-            dropped_gradients(dx, da, flat, keep, a, v)
+            dx, da = dropping.gradients(flat, keep, a, v, want_x, want_a)
+            dx = None if dx is None else dx.addmm_(g, weight)
         dx = None if dx is None else dx.view(ctx.shape)
         db = ctx.scale * (u.T @ g).T if want_b else None  # thrice as fast as g.T @ u
         return dx, None, da, db, None, None, None

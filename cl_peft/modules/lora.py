@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from cl_peft.modules import fused
+from cl_peft.modules import dropping, fused
 from cl_peft.modules.base import Method, Params, Site, by_pattern, linear_sites, matches
 
 
@@ -97,7 +97,7 @@ class LoRA(Method):
             return self.one(site, x, y, p)
         keep, scale = None, self.scale(site)
         if self._training and self.dropout > 0:
-            keep, share = fused.kept(x, self.dropout)
+            keep, share = dropping.kept(x, self.dropout)
             scale /= share
         return fused.LowRank.apply(x, y.detach(), p["A"], p["B"], site.weight, scale, keep)
 

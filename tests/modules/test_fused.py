@@ -2,13 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from core_fixtures import CPU
+from scipy import stats
 from torch import nn
 from virtual_cases import hidden, make
 
-from cl_peft.modules import fused
+from cl_peft.modules import dropping, fused
 from cl_peft.modules.bank import Active, Bank
 from cl_peft.modules.base import Site
 from cl_peft.modules.dora import DoRA
@@ -170,10 +172,10 @@ def test_a_whole_model_equals_the_plain_formula(kind, name, used, monkeypatch):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cached", [fused.CACHED, 36, 1])
+@pytest.mark.parametrize("cached", [dropping.CACHED, 36, 1])
 def test_dropout_drops_the_branch_alone(cached, used, monkeypatch):
     """Given what is kept, the naive twin is ``y + s/(1-p) (x keep) A^T B^T``, in any pieces."""
-    monkeypatch.setattr(fused, "CACHED", cached)
+    monkeypatch.setattr(dropping, "CACHED", cached)
     site, method, p = case(dropout=0.25)
     forward, bank = through_bank(site, method, p)
     x = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
@@ -181,7 +183,7 @@ def test_dropout_drops_the_branch_alone(cached, used, monkeypatch):
     torch.manual_seed(3)
     ours = forward(x)
     torch.manual_seed(3)
-    keep, share = fused.kept(x, 0.25)
+    keep, share = dropping.kept(x, 0.25)
     assert share == 0.75
     assert len(used) == 1
     y = nn.functional.linear(x, site.weight, site.bias)
@@ -199,7 +201,7 @@ def test_dropout_drops_the_branch_alone(cached, used, monkeypatch):
 def test_dropout_of_any_rows_and_precision(rows, dtype):
     site, _, p = case(dropout=0.25, dtype=dtype)
     x = torch.randn(rows, 6, dtype=dtype, requires_grad=True)
-    keep, share = fused.kept(x, 0.25)
+    keep, share = dropping.kept(x, 0.25)
     with torch.no_grad():
         y = nn.functional.linear(x, site.weight, site.bias)
     ours = fused.LowRank.apply(x, y.clone(), p["A"], p["B"], site.weight, 1 / share, keep)
@@ -217,7 +219,7 @@ def test_dropout_of_any_rows_and_precision(rows, dtype):
 def test_what_dropout_keeps(p):
     torch.manual_seed(0)
     x = torch.ones(400, 501)
-    keep, share = fused.kept(x, p)
+    keep, share = dropping.kept(x, p)
     assert abs(share - (1 - p)) <= 2**-17
     assert keep.shape == x.shape
     assert keep.dtype == torch.bool
@@ -229,7 +231,23 @@ def test_what_dropout_keeps(p):
         together = float((flat[lag:] * flat[:-lag]).mean())
         assert abs(together) < 4.5 * p * (1 - p) / keep.numel() ** 0.5, lag
     torch.manual_seed(0)
-    assert torch.equal(fused.kept(x, p)[0].double(), keep)
+    assert torch.equal(dropping.kept(x, p)[0].double(), keep)
+
+
+@pytest.mark.parametrize("p", [1e-5, 0.001, 0.1, 0.5, 0.9, 0.999999])
+def test_eight_values_are_dropped_independently(p):
+    """How many of eight are dropped is binomial, at every place alike, to what 2^-16 can say."""
+    table, share = dropping.patterns(p)
+    rows = table.view(np.bool_).reshape(-1, 8)
+    assert len(rows) == 2**16
+    assert 0 < share < 1
+    assert abs(share - (1 - p)) <= 2**-17
+    dropped = np.bincount(8 - rows.sum(1), minlength=9) / len(rows)
+    np.testing.assert_allclose(dropped, stats.binom.pmf(np.arange(9), 8, p), atol=2**-16)
+    np.testing.assert_allclose(rows.mean(0), 1 - p, atol=2**-12)
+    both = rows[:, :, None] & rows[:, None, :]
+    apart = ~np.eye(8, dtype=bool)
+    np.testing.assert_allclose(both.mean(0)[apart], (1 - p) ** 2, atol=2**-11)
 
 
 def test_only_what_asks_gets_a_gradient():
