@@ -102,7 +102,8 @@ class Trainer:
         precision: ``auto``: bfloat16 autocast on devices that compute in it, else float32.
         diverged_above: A loss above this, or one that is not finite, stops the task.
         trunk: ``once``: where modules sit in upper layers alone, the frozen layers below are
-            computed once per example and task, and kept in memory; ``every_step``: in every step.
+            computed once per example and task, and kept in memory (validation examples, too, where
+            patience asks for them in every epoch); ``every_step``: in every step.
         trunk_gb: Memory for that, in GB; where more would be needed, it is ``every_step``.
     """
 

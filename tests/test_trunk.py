@@ -323,6 +323,35 @@ def test_a_training_ends_where_it_would_have(options):
     assert w.learner._trunk is None  # its memory is given back
 
 
+def test_validation_examples_pass_once_however_often_they_are_asked(caplog):
+    """With patience every epoch is validated; without, the last one alone."""
+    caplog.set_level(logging.INFO, logger="cl_peft.backbones.trunk")
+    w, few = trained(Isolated(), "once", patience=3)
+    other, many = trained(Isolated(), "every_step", patience=3)
+    for task, kept, computed in zip(w.stream.tasks, few, many, strict=True):
+        train, validation = (len(set(s.inputs)) for s in (task.train, task.validation))
+        looks = 4 * 2 * 2  # four examples, up to two times, of both splits
+        assert train + validation <= kept <= train + validation + looks
+        assert computed == 3 * len(task.train) + 4 * len(task.validation)
+    assert w.learner.report.validation == other.learner.report.validation
+    assert not any("validation" in record.getMessage() for record in caplog.records)
+
+
+def test_validation_examples_that_find_no_room_go_the_whole_way(caplog):
+    caplog.set_level(logging.INFO, logger="cl_peft.backbones.trunk")
+    w = upper(UPPER, trainer=Trainer(epochs=2, patience=2, batch_size=8, eval_batch_size=16))
+    task, features = w.stream.tasks[0], w.learner.tools.features
+    tokens = int(features.encoded(list(dict.fromkeys(task.train.inputs))).lengths.sum())
+    limit = tokens * w.backbone.width * 4 + 1
+    trunk = trunk_of(features, w.learner.tools.bank.sites, task.train.inputs, limit, "task 1/3")
+    w.learner.tools.trainer.trunk_gb = limit / GB
+    again = w.learner._trunk_of(task.train, task.validation, "task 1/3")
+    assert again.bytes == trunk.bytes > 0
+    assert sum("validation examples" in record.getMessage() for record in caplog.records) == 1
+    w.learner.learn(task)
+    assert w.learner.report.validation >= 0
+
+
 def test_replayed_examples_are_right():
     w, few = trained(Replay(size=15), "once")
     other, many = trained(Replay(size=15), "every_step")
@@ -348,7 +377,7 @@ def test_replay_sends_what_it_remembers_the_whole_way():
         return learner._loss(fit, np.arange(8)), sum(calls)
 
     expected, whole = loss()
-    learner._trunk = learner._trunk_of(second.train.inputs, "task 2/3")
+    learner._trunk = learner._trunk_of(second.train, second.validation, "task 2/3")
     assert learner._trunk is not None
     found, partly = loss()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -114,7 +114,10 @@ class Trunk:
         each = hidden[0].numel() // int(lengths[sample[0]]) * hidden[0].element_size()
         needed = int(lengths.sum()) * each
         if needed > limit:
-            return f"{needed / 1e9:.3g} GB would be kept, and trainer.trunk_gb={limit / 1e9:g}"
+            return (
+                f"{needed / 1e9:.3g} GB would be kept, and trainer.trunk_gb leaves "
+                f"{max(0.0, limit) / 1e9:.3g}"
+            )
         self._keep(some, hidden)
         batch = self.backbone.collate(self.features.encoded(some))
         with torch.no_grad():
@@ -181,6 +184,7 @@ def trunk_of(
     inputs: Sequence[Any],
     limit: float,
     title: str,
+    validation: Sequence[Any] = (),
 ) -> Trunk | None:
     """What lies below all sites, for these examples; None where nothing does, or it does not fit.
 
@@ -190,6 +194,7 @@ def trunk_of(
         inputs: Raw inputs.
         limit: Bytes that may be kept.
         title: What the log says, such as ``task 2/5``.
+        validation: More raw inputs, kept if there is still room.
     """
     layers = below(features.backbone.model, sites)
     if not layers or not len(inputs):
@@ -200,5 +205,9 @@ def trunk_of(
     if why is not None:
         log.info("%s in every step: %s", about, why)
         return None
+    if len(validation):
+        why = trunk.fill(validation, limit - trunk.bytes)
+        if why is not None:
+            log.info("%s: those of validation examples are computed every time: %s", title, why)
     log.info("%s once: %.0f MB kept", about, trunk.bytes / 1e6)
     return trunk

@@ -297,7 +297,7 @@ class Learner(ABC):
             on_step=on_step,
         )
         if own:  # else only a head trains, on whatever its learner hands it
-            self._trunk = self._trunk_of(train.inputs, job.title)
+            self._trunk = self._trunk_of(train, validation, job.title)
         again = tools.trainer.checkpointing == "on"
         try:
             with checkpointed(tools.backbone.model, tools.bank) if again else nullcontext():
@@ -329,13 +329,16 @@ class Learner(ABC):
         with nullcontext() if self._trunk is None else self._trunk.given(items):
             return self.tools.backbone(batch)
 
-    def _trunk_of(self, inputs: Sequence[Any], title: str) -> Trunk | None:
+    def _trunk_of(self, train: Split, validation: Split, title: str) -> Trunk | None:
         """What is frozen below all modules, for a task's examples, if keeping it pays."""
         tools, trainer = self.tools, self.tools.trainer
         if trainer.trunk == "every_step" or trainer.epochs == 1:
             return None
+        # without patience validation examples pass once, in the end
+        again = validation.inputs if trainer.patience is not None else ()
+        limit = 1e9 * trainer.trunk_gb
         with trainer.autocast(self._device):
-            return trunk_of(tools.features, tools.bank.sites, inputs, 1e9 * trainer.trunk_gb, title)
+            return trunk_of(tools.features, tools.bank.sites, train.inputs, limit, title, again)
 
     def _fresh(self, task: Task) -> tuple[Module, Head]:
         """A fresh module and a head for the task's classes, decided by (seed.init, task)."""

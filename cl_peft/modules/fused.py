@@ -150,9 +150,9 @@ class MixedLowRank(torch.autograd.Function):
         want_x, _, want_a, want_b, want_w, _ = ctx.needs_input_grad
         plain = torch.bmm(g, b)
         v = plain * w.unsqueeze(1)
+        db = torch.bmm(u * w.unsqueeze(2), g).transpose(1, 2) if want_b else None
         dx = (g @ weight).baddbmm_(v, a) if want_x else None
         da = torch.bmm(v.transpose(1, 2), x) if want_a else None
-        db = torch.bmm(u * w.unsqueeze(2), g).transpose(1, 2) if want_b else None
         dw = (u * plain.transpose(1, 2)).sum(2) if want_w else None
         return dx, None, da, db, dw, None
 
