@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.figures_style import GREY, SMALL, Incomplete
-from analysis.listing import some
 from analysis.load import SEED_COLUMNS
 from analysis.tables import configuration_labels
+from cl_peft.errors import some
 
 STYLE = {"upper": (0, (1, 1)), "lower": (0, (6, 2, 1, 2))}
 #: Runs without a bound that a warning names.

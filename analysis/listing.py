@@ -1,4 +1,4 @@
-"""How lists are written: in natural order, a few of many named, counts with their word."""
+"""How lists are written: in natural order, counts with their word."""
 
 from __future__ import annotations
 
@@ -35,12 +35,6 @@ def in_order(rows: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Rows by the values of some columns, the first one first, each in natural order."""
     keys: list[Any] = [tuple(map(natural, values)) for values in rows[list(columns)].to_numpy()]
     return rows.iloc[sorted(range(len(rows)), key=keys.__getitem__)]
-
-
-def some(items: Sequence[str], most: int, separator: str = ", ") -> str:
-    """The first few of many: ``a, b and 3 more``."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return separator.join(items[:most]) + more
 
 
 def count(n: int | str, word: str) -> str:

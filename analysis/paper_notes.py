@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.directions import direction, spoken
-from analysis.listing import count, natural, some
+from analysis.listing import count, natural
 from analysis.seeds import rank_columns
 from analysis.statistics import MOST_EXACT, smallest_p
-from cl_peft.errors import DataError
+from cl_peft.errors import DataError, some
 
 #: Configurations whose average rank is named.
 MOST_RANKED = 10

@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.folders import load_predictions, load_stream
-from analysis.listing import natural, some
+from analysis.listing import natural
 from analysis.load import SEED_COLUMNS, load_run_table, load_runs, varying_keys
 from analysis.samples import misrouted, routing_confusion
 from analysis.seeds import as_seed
 from analysis.tables import configuration_columns, configuration_labels, describing_columns, summary
-from cl_peft.errors import DamagedRunError, DataError
+from cl_peft.errors import DamagedRunError, DataError, some
 from cl_peft.runs import is_held
 
 #: Columns of an example in the page's data.

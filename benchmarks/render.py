@@ -91,7 +91,7 @@ def plot(path: Path, series: list[dict[str, Any]]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for who, label, style in (("ours", "cl_peft", "-"), ("loop", "plain peft loop", "--")):
         for part, colour in (("learn", "tab:blue"), ("evaluate", "tab:orange")):
-            seconds = [point[who][part] for point in series]
+            seconds = [point[f"{part} seconds, {who}"] for point in series]
             left.plot(tasks, seconds, style, color=colour, marker="o", label=f"{label}, {part}")
     left.set(xlabel="tasks", ylabel="seconds", ylim=(0, None))
     left.legend(fontsize="small")

@@ -7,7 +7,7 @@ screen and exits with code 2. Any other exception is a bug, and keeps its traceb
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -32,6 +32,12 @@ class DamagedRunError(UserError):
 
 class DivergedError(UserError):
     """Training produced a loss that is not finite, or that exploded."""
+
+
+def some(items: Sequence[object], most: int, separator: str = ", ") -> str:
+    """The first few of many: ``a, b and 3 more``."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return separator.join(map(str, items[:most])) + more
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: What tells runs apart.
 SETTINGS = ("stream", "backbone", "module", "router", "learner", "optimizer", "trainer", "seed")
 #: Any of these makes a folder a run's.
-MARKERS = ("status.json", "config.yaml", "manifest.json", "run.log", ".lock")
+OF_A_RUN = ("status.json", "config.yaml", "manifest.json", "run.log", ".lock")
 #: What files raise that can be read and hold something else than a run writes.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 STATUS_COLUMNS = [
@@ -100,7 +100,7 @@ def _name(flat: dict[str, Any], key: str) -> str:
 
 def _is_run(path: Path) -> bool:
     """Whether a run was here, if only for a moment: other folders and hidden ones are none."""
-    return not path.name.startswith(".") and any((path / name).exists() for name in MARKERS)
+    return not path.name.startswith(".") and any((path / name).exists() for name in OF_A_RUN)
 
 
 def _config(path: Path) -> dict[str, Any]:

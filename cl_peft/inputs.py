@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_peft.config import build, split_stream
-from cl_peft.errors import DataError
+from cl_peft.errors import DataError, some
 from cl_peft.view import read_json
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,11 @@ def check_finished(config: Mapping[str, Any], folder: Path) -> None:
             paths = [path for path in files[axis] if _below(files[axis], path) in other]
             raise DataError(
                 f"{folder} is the result of other files than {axis}={config[axis]['name']} has "
-                f"now: {_some(paths or files[axis])}. {again}; group=NAME keeps both in sight."
+                f"now: {some(paths or files[axis], 3)}. {again}; group=NAME keeps both in sight."
             )
         gone = [Path(name) for name in before if name not in found]
         if gone:
-            log.warning("the result cannot be compared with what is gone: %s", _some(gone))
+            log.warning("the result cannot be compared with what is gone: %s", some(gone, 3))
     codes = {session.get("code") for session in facts.get("sessions", ())} - {None}
     if codes and codes != {code_digest(config)}:
         log.warning("the code of this run's parts changed since it was made; %s", again)
@@ -174,12 +174,6 @@ def _targets(node: Any) -> Iterator[str]:  # noqa: ANN401 (a configuration value
             yield str(node["_target_"])
         for value in node.values():
             yield from _targets(value)
-
-
-def _some(names: Sequence[Path]) -> str:
-    return ", ".join(map(str, names[:3])) + (
-        f" and {len(names) - 3} more" if len(names) > 3 else ""
-    )
 
 
 @functools.cache

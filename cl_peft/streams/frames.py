@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cl_peft.errors import DataError, did_you_mean
+from cl_peft.errors import DataError, did_you_mean, some
 from cl_peft.streams.base import Examples, RawData
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def to_raw_data(
         if near:  # a copy may lack what the original has, but a typo must not pass
             raise DataError(
                 f"stream.drop_labels names '{name}', which no row has.{near} "
-                f"Labels: {_some(sorted(present))}"
+                f"Labels: {some(sorted(present), _SHOWN)}"
             )
         log.info("stream.drop_labels: no row has the label '%s'", name)
     names = _class_names(found["train"].labels)
@@ -159,8 +159,8 @@ def to_raw_data(
         if unknown:
             raise DataError(
                 f"{tables[split][0]}: {len(unknown)} label(s) that {tables['train'][0]} lacks: "
-                f"{_some(unknown)}.{did_you_mean(unknown[0], names)} Add training rows for them, "
-                "or leave them out with stream.drop_labels=[...]."
+                f"{some(unknown, _SHOWN)}.{did_you_mean(unknown[0], names)} Add training rows for "
+                "them, or leave them out with stream.drop_labels=[...]."
             )
         labels = np.array([ids[name] for name in rows.labels], dtype=np.int64)
         examples[split] = Examples(rows.texts, labels, rows.domains, np.array(rows.numbers))
@@ -220,8 +220,8 @@ def _clean(
     for column, rows in empty.items():
         if rows:
             raise DataError(
-                f"{where}: column '{column}' is empty in {len(rows)} row(s): {_some(rows)} (the "
-                "first row of data is row 1). Fill or remove them, or leave them out with "
+                f"{where}: column '{column}' is empty in {len(rows)} row(s): {some(rows, _SHOWN)} "
+                "(the first row of data is row 1). Fill or remove them, or leave them out with "
                 "stream.drop_empty=true."
             )
     if skipped:
@@ -287,8 +287,3 @@ def _alike(names: Sequence[str]) -> None:
             log.warning(
                 "the labels %s are taken as different classes", " and ".join(map(repr, group))
             )
-
-
-def _some(items: Sequence[object]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(str(item) for item in items[:_SHOWN]) + more

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cl_peft.config import Protocol
-from cl_peft.errors import DataError, did_you_mean
+from cl_peft.errors import DataError, did_you_mean, some
 from cl_peft.streams.base import Examples, RawData, Split, Stream, Task
 
 _TRAIN, _TEST, _VALIDATION, _VISIT, _LEAK = 1, 2, 3, 4, 5  # one random stream per purpose
@@ -347,6 +347,5 @@ def _split(examples: Examples, rows: np.ndarray) -> Split:
     )
 
 
-def _list(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+def _list(names: Sequence[str]) -> str:
+    return some([f"'{name}'" for name in names], 8)

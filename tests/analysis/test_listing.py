@@ -3,7 +3,8 @@
 import pandas as pd
 
 import analysis
-from analysis.listing import count, in_order, natural, some
+from analysis.listing import count, in_order, natural
+from cl_peft.errors import some
 
 
 def test_natural_order():
