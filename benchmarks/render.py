@@ -18,8 +18,10 @@ ORDER = (
     "bank_size",
     "stream",
     "routers_fit",
+    "methods",
     "memory",
     "profiles",
+    "start_up",
 )
 HEAD = """# Performance
 

@@ -1,71 +1,58 @@
 """How long a person waits for an answer: help, a configuration error, the smoke run, a result.
 
-    python benchmarks/start_up.py [--runs 5]
+    python benchmarks/start_up.py [--repeats 5]
 
-Every command is a fresh process; the four are interleaved, and medians are printed with the range
-and kept in ``benchmarks/results/start_up.json``.
+Every command is a fresh process; they take turns. Wall clock, with all cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, plain, write
 
-COMMANDS = {
-    "bare python": ["-c", "pass"],
-    "--help": ["main.py", "--help"],
-    "--cfg job": ["main.py", "--cfg", "job"],
-    "misspelt key": ["main.py", "module.rnak=4"],
-    "misspelt key with +": ["main.py", "+module.rnak=4"],
-    "finished run recognised": ["main.py", "debug=smoke"],
-    "debug=smoke, computed": ["main.py", "debug=smoke", "fresh=true"],
+#: Arguments of python, the exit code, and the aim in seconds.
+COMMANDS: dict[str, tuple[list[str], int, str]] = {
+    "bare python": (["-c", "pass"], 0, ""),
+    "--help": (["main.py", "--help"], 0, "< 1"),
+    "--cfg job": (["main.py", "--cfg", "job"], 0, ""),
+    "misspelt key": (["main.py", "module.rnak=4"], 2, "< 1.5"),
+    "misspelt key with +": (["main.py", "+module.rnak=4"], 2, "< 1.5"),
+    "finished run recognised": (["main.py", "debug=smoke"], 0, "< 2"),
+    "debug=smoke, computed": (["main.py", "debug=smoke", "fresh=true"], 0, "< 10"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"paths.runs={folder}/runs", f"paths.cache={folder}/cache"]
-        _run(["main.py", "debug=smoke", *paths])  # warms the disk, leaves a finished run
-        for _ in range(runs):
-            for name, command in COMMANDS.items():
+        waited(["main.py", "debug=smoke", *paths], 0)  # warms the disk, leaves a finished run
+        for _ in range(repeats):
+            for name, (command, code, _aim) in COMMANDS.items():
                 extra = paths if "debug=smoke" in command else []
-                seconds[name].append(_run([*command, *extra]))
-    rows = {
-        name: {"median": statistics.median(s), "min": min(s), "max": max(s), "runs": runs}
-        for name, s in seconds.items()
-    }
-    for name, row in rows.items():
-        print(f"{name:<26} {row['median']:6.2f} s  ({row['min']:.2f} to {row['max']:.2f})")
-    result = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
-        "python": platform.python_version(),
-        "seconds": rows,
-    }
-    target = ROOT / "benchmarks" / "results" / "start_up.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n")
+                seconds[name].append(waited([*command, *extra], code))
+    rows = [plain(name, seconds[name], "s", aim) for name, (_, _, aim) in COMMANDS.items()]
+    write("start_up", "Start-up", "Seconds until a command has answered", rows)
 
 
-def _run(arguments: list[str]) -> float:
+def waited(arguments: list[str], code: int) -> float:
+    """Seconds that a command takes, which must end with this exit code."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False)
-    return time.perf_counter() - started
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False, text=True
+    )
+    seconds = time.perf_counter() - started
+    if done.returncode != code:
+        raise SystemExit(f"{arguments} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return seconds
 
 
 if __name__ == "__main__":
