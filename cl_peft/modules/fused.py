@@ -57,6 +57,22 @@ def back(g: Tensor, weight: Tensor, b: Tensor, a: Tensor, v: Tensor) -> Tensor:
     return (g @ weight).addmm_(v, a)
 
 
+def mixed_back(g: Tensor, weight: Tensor, a: Tensor, v: Tensor) -> Tensor:
+    """``g_n W + v_n A_n``; where that is wider than ``g``, ``g W`` is added inside its product.
+
+    Args:
+        g: ``(B, L, out)``.
+        weight: ``(out, in)``.
+        a: ``(B, r, in)``.
+        v: ``(B, L, r)``.
+    """
+    if weight.shape[1] <= weight.shape[0]:
+        return (g @ weight).baddbmm_(v, a)
+    dx = torch.bmm(v, a)
+    dx.view(-1, dx.shape[2]).addmm_(g.reshape(-1, g.shape[2]), weight)
+    return dx
+
+
 class LowRank(torch.autograd.Function):
     """``y + s drop(x) A^T B^T`` in the place of ``y``."""
 
@@ -151,7 +167,7 @@ class MixedLowRank(torch.autograd.Function):
         plain = torch.bmm(g, b)
         v = plain * w.unsqueeze(1)
         db = torch.bmm(u * w.unsqueeze(2), g).transpose(1, 2) if want_b else None
-        dx = (g @ weight).baddbmm_(v, a) if want_x else None
+        dx = mixed_back(g, weight, a, v) if want_x else None
         da = torch.bmm(v.transpose(1, 2), x) if want_a else None
         dw = (u * plain.transpose(1, 2)).sum(2) if want_w else None
         return dx, None, da, db, dw, None

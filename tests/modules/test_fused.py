@@ -20,12 +20,12 @@ KINDS = ["bert", "llama", "vit"]
 METHODS = {"lora": lambda **o: LoRA(rank=3, alpha=7.0, **o), "dora": lambda **o: DoRA(rank=3, **o)}
 
 
-def case(name="lora", bias=True, dtype=torch.float64, **options):
+def case(name="lora", bias=True, dtype=torch.float64, out=5, **options):
     """A site, its method and parameters that matter."""
     torch.manual_seed(0)
-    layer = nn.Linear(6, 5, bias=bias, dtype=dtype).requires_grad_(False)
+    layer = nn.Linear(6, out, bias=bias, dtype=dtype).requires_grad_(False)
     site, method = Site("here", layer), METHODS[name](**options)
-    p = {"A": torch.randn(3, 6), "B": torch.randn(5, 3), "m": torch.rand(5) + 0.5}
+    p = {"A": torch.randn(3, 6), "B": torch.randn(out, 3), "m": torch.rand(out) + 0.5}
     names = "ABm" if name == "dora" else "AB"
     return site, method, {n: p[n].to(dtype).requires_grad_(True) for n in names}
 
@@ -57,19 +57,20 @@ def test_mixed_gradients_by_finite_differences(bias):
 
 
 @pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("out", [5, 7])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_mixed_through_the_bank_is_the_plain_formula(k, dropout, monkeypatch):
+def test_mixed_through_the_bank_is_the_plain_formula(k, out, dropout, monkeypatch):
     """In value and in every gradient, also of the weights; dropout takes the plain way."""
     calls = []
     real = fused.MixedLowRank.apply
     monkeypatch.setattr(fused.MixedLowRank, "apply", lambda *a: calls.append(1) or real(*a))
-    site, method, _ = case(dropout=dropout)
+    site, method, _ = case(dropout=dropout, out=out)
     bank = Bank(method, nn.ModuleDict({"0": site.layer}), CPU)
     torch.manual_seed(2)
     leaves = {
         "x": torch.randn(3, 4, 6, dtype=torch.float64),
         "A": torch.randn(3, k, 3, 6, dtype=torch.float64),
-        "B": torch.randn(3, k, 5, 3, dtype=torch.float64),
+        "B": torch.randn(3, k, out, 3, dtype=torch.float64),
         "w": torch.rand(3, k, dtype=torch.float64) + 0.1,
     }
     gradients, outputs = [], []
@@ -79,14 +80,14 @@ def test_mixed_through_the_bank_is_the_plain_formula(k, dropout, monkeypatch):
         torch.manual_seed(3)
         if fast:
             with bank.give({bank.sites[0].name: Active(p, own["w"])}, training=True):
-                out = site.layer(own["x"])
+                answer = site.layer(own["x"])
         else:
             y = nn.functional.linear(own["x"], site.weight, site.bias)
             method.training_mode(True)
-            out = method.mixed(bank.sites[0], own["x"], y, p, own["w"])
+            answer = method.mixed(bank.sites[0], own["x"], y, p, own["w"])
             method.training_mode(False)
-        out.square().sum().backward()
-        outputs.append(out.detach())
+        answer.square().sum().backward()
+        outputs.append(answer.detach())
         gradients.append({n: t.grad for n, t in own.items()})
     assert len(calls) == (dropout == 0)
     torch.testing.assert_close(*outputs)
