@@ -1,6 +1,6 @@
 """32 samples, each through a LoRA of its own, in one pass; against the bare backbone and peft.
 
-    python benchmarks/mixed_batch.py [--repeats 15] [--threads 1] [--quick]
+    python benchmarks/mixed_batch.py [--repeats 11] [--threads 1] [--quick]
 
 64 tokens each, all-MiniLM-L6-v2, rank 8. Forward alone without gradients, and forward with backward
 for all modules. peft's way is ``adapter_names``, which it allows outside training mode only.
@@ -103,7 +103,7 @@ def of_peft(backbone: Backbone, batch: Batch, sites: list[str]) -> tuple[Callabl
 
 
 def main() -> None:
-    chosen = arguments(__doc__, repeats=15)
+    chosen = arguments(__doc__, repeats=11)
     backbone = minilm()
     batch = tokens(COUNT, 16 if chosen.quick else TOKENS)
     bare = separate(backbone)
