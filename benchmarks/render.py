@@ -26,9 +26,10 @@ ORDER = (
 HEAD = """# Performance
 
 Made by `make bench` from `benchmarks/results/*.json`; every section names the script that measured
-it. What is compared ran in one process and took turns. *Ratio* is the median, over repeats, of the
-row's time over that of what it is compared with in the same repeat; in brackets are the first and
-third quartile. With one thread, times are CPU seconds of the process; with more, wall clock.
+it. What is compared took turns, in one process but for start-up. *Ratio* is the median, over
+repeats, of the row's time over that of what it is compared with in the same repeat; in brackets are
+the first and third quartile. With one thread, times are CPU seconds of the process; with more, and
+for start-up, wall clock.
 """
 
 

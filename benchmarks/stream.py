@@ -90,7 +90,10 @@ class Ours:
 class PlainLoop:
     """The same with peft, as one writes it first."""
 
-    def __init__(self, config: dict[str, Any], stream: Stream, backbone: Backbone) -> None:
+    def __init__(
+        self, config: dict[str, Any], stream: Stream, backbone: Backbone, seed: int
+    ) -> None:
+        torch.manual_seed(seed)  # its modules and heads; ours have generators of their own
         self.stream, self.backbone = stream, backbone
         self.trainer = build(config["trainer"])
         self.lr = config["optimizer"]["lr"]
@@ -210,7 +213,8 @@ def main() -> None:
     found: dict[int, list[Point]] = {n: [] for n in lengths}
     for repeat in range(chosen.repeats):
         ends = lengths if repeat == 0 else [n for n in lengths if n <= 20]
-        mine, theirs = Ours(config, stream, console), PlainLoop(config, stream, minilm())
+        mine = Ours(config, stream, console)
+        theirs = PlainLoop(config, stream, minilm(), repeat)
         tests = 0
         for task in stream.tasks[: max(ends, default=0)]:
             mine.step(task)

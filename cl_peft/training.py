@@ -104,7 +104,8 @@ class Trainer:
         trunk: ``once``: where modules sit in upper layers alone, the frozen layers below are
             computed once per example and task, and kept in memory (validation examples, too, where
             patience asks for them in every epoch); ``every_step``: in every step.
-        trunk_gb: Memory for that, in GB; where more would be needed, it is ``every_step``.
+        trunk_gb: Memory for that, in GB; where a task's training examples need more, it is
+            ``every_step``.
     """
 
     def __init__(

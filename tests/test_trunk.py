@@ -32,7 +32,7 @@ from cl_peft.backbones.decoder import Decoder
 from cl_peft.backbones.encoder import Encoder
 from cl_peft.backbones.features import Features
 from cl_peft.backbones.tiny import byte_tokenizer
-from cl_peft.backbones.trunk import below, trunk_of
+from cl_peft.backbones.trunk import Trunk, below, trunk_of
 from cl_peft.backbones.vision import Vision
 from cl_peft.errors import ConfigError
 from cl_peft.learners.isolated import Isolated
@@ -73,6 +73,7 @@ KINDS = {
     "deit, mean": (lambda: DeiTModel(DeiTConfig(**PATCHES)), lambda f: Vision(f, pooling="mean")),
 }
 GB = 1e9
+WAYS = ("once", "every_step")
 UPPER = LoRA(rank=2, layers="upper_half")
 
 
@@ -323,33 +324,75 @@ def test_a_training_ends_where_it_would_have(options):
     assert w.learner._trunk is None  # its memory is given back
 
 
-def test_validation_examples_pass_once_however_often_they_are_asked(caplog):
-    """With patience every epoch is validated; without, the last one alone."""
-    caplog.set_level(logging.INFO, logger="cl_peft.backbones.trunk")
-    w, few = trained(Isolated(), "once", patience=3)
-    other, many = trained(Isolated(), "every_step", patience=3)
+@pytest.mark.parametrize("patience", [3, None])
+def test_validation_examples_pass_once_however_often_they_are_asked(patience, caplog):
+    """With patience every epoch is validated; without, the last one alone, and nothing is kept."""
+    caplog.set_level(logging.INFO, logger="cl_peft")
+    w, few = trained(Isolated(), "once", patience=patience)
+    other, many = trained(Isolated(), "every_step", patience=patience)
+    times = 1 if patience is None else 4
     for task, kept, computed in zip(w.stream.tasks, few, many, strict=True):
         train, validation = (len(set(s.inputs)) for s in (task.train, task.validation))
-        looks = 4 * 2 * 2  # four examples, up to two times, of both splits
+        looks = 2 * 4 * (1 if patience is None else 2)  # four examples, twice, of each split kept
         assert train + validation <= kept <= train + validation + looks
-        assert computed == 3 * len(task.train) + 4 * len(task.validation)
+        assert computed == 3 * len(task.train) + times * len(task.validation)
     assert w.learner.report.validation == other.learner.report.validation
     assert not any("validation" in record.getMessage() for record in caplog.records)
 
 
+def room_for_training(w, task):
+    """Bytes that the task's training examples take, and no more."""
+    distinct = list(dict.fromkeys(task.train.inputs))
+    return int(w.learner.tools.features.encoded(distinct).lengths.sum()) * w.backbone.width * 4
+
+
 def test_validation_examples_that_find_no_room_go_the_whole_way(caplog):
-    caplog.set_level(logging.INFO, logger="cl_peft.backbones.trunk")
+    caplog.set_level(logging.INFO, logger="cl_peft")
+    options = {"epochs": 2, "patience": 2, "batch_size": 8, "eval_batch_size": 16}
+    w, reference = (upper(UPPER, trainer=Trainer(**options, trunk=t)) for t in WAYS)
+    task = w.stream.tasks[0]
+    room = room_for_training(w, task)
+    w.learner.tools.trainer.trunk_gb = (room + 1) / GB
+    assert w.learner._trunk_of(task.train, task.validation, "task 1/3").bytes == room
+    (said,) = [m for m in map(logging.LogRecord.getMessage, caplog.records) if "validation" in m]
+    assert "task 1/3" in said
+    assert "trainer.trunk_gb" in said
+    for world in (w, reference):
+        world.learner.learn(task)
+    assert w.learner.report.validation == reference.learner.report.validation
+
+
+def test_validation_examples_that_are_known_take_no_room(caplog):
+    caplog.set_level(logging.INFO, logger="cl_peft")
     w = upper(UPPER, trainer=Trainer(epochs=2, patience=2, batch_size=8, eval_batch_size=16))
-    task, features = w.stream.tasks[0], w.learner.tools.features
-    tokens = int(features.encoded(list(dict.fromkeys(task.train.inputs))).lengths.sum())
-    limit = tokens * w.backbone.width * 4 + 1
-    trunk = trunk_of(features, w.learner.tools.bank.sites, task.train.inputs, limit, "task 1/3")
-    w.learner.tools.trainer.trunk_gb = limit / GB
-    again = w.learner._trunk_of(task.train, task.validation, "task 1/3")
-    assert again.bytes == trunk.bytes > 0
-    assert sum("validation examples" in record.getMessage() for record in caplog.records) == 1
-    w.learner.learn(task)
-    assert w.learner.report.validation >= 0
+    task = w.stream.tasks[0]
+    room = room_for_training(w, task)
+    w.learner.tools.trainer.trunk_gb = (room + 1) / GB
+    assert w.learner._trunk_of(task.train, task.train, "task 1/3").bytes == room
+    assert not any("validation" in record.getMessage() for record in caplog.records)
+
+
+def test_validation_examples_are_kept_as_evaluations_compute_them():
+    """In float32, though training computes in bfloat16."""
+    options = {"epochs": 2, "patience": 2, "precision": "bf16"}
+    w = upper(UPPER, trainer=Trainer(**options))
+    task = w.stream.tasks[0]
+    kept = w.learner._trunk_of(task.train, task.validation, "task 1/3").kept
+    whole = Trunk(w.learner.tools.features, below(w.backbone.model, w.learner.tools.bank.sites))
+    assert whole.fill(task.validation.inputs, GB) is None
+    known = {content_id(text) for text in task.train.inputs}
+    assert set(whole.kept) - known
+    for name in set(whole.kept) - known:
+        assert torch.equal(kept[name], whole.kept[name])
+
+
+def test_what_is_refused_leaves_nothing_behind(monkeypatch):
+    w = upper(UPPER)
+    task = w.stream.tasks[0]
+    trunk = Trunk(w.learner.tools.features, below(w.backbone.model, w.learner.tools.bank.sites))
+    monkeypatch.setattr(trunks, "AGREES", -1.0)
+    assert "other features" in trunk.fill(task.train.inputs, GB)
+    assert not trunk.kept
 
 
 def test_replayed_examples_are_right():

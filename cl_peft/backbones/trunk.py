@@ -94,16 +94,20 @@ class Trunk:
                     layer.__dict__["forward"] = own
 
     def fill(self, inputs: Sequence[Any], limit: float) -> str | None:
-        """Compute and keep what the layers give for these examples.
+        """Compute and keep what the layers give for these examples, but for those it knows.
 
         Args:
             inputs: Raw inputs.
-            limit: Bytes that may be kept.
+            limit: Bytes that may be kept in all.
 
         Returns:
-            Why nothing is kept, if so: too large, or a model that cannot start above its layers.
+            Why none of them is kept, if so: too large, or a model that cannot start above its
+            layers.
         """
-        distinct = list({content_id(item): item for item in inputs}.values())
+        new = {content_id(item): item for item in inputs}
+        distinct = [item for name, item in new.items() if name not in self.kept]
+        if not distinct:
+            return None
         lengths = self.features.encoded(distinct).lengths
         order = np.argsort(-lengths, kind="stable")
         sample = order[np.linspace(0, len(order) - 1, min(4, len(order))).astype(int)]
@@ -113,11 +117,9 @@ class Trunk:
             return "its layers pass on more than hidden states"
         each = hidden[0].numel() // int(lengths[sample[0]]) * hidden[0].element_size()
         needed = int(lengths.sum()) * each
-        if needed > limit:
-            return (
-                f"{needed / 1e9:.3g} GB would be kept, and trainer.trunk_gb leaves "
-                f"{max(0.0, limit) / 1e9:.3g}"
-            )
+        if self.bytes + needed > limit:
+            total = (self.bytes + needed) / 1e9
+            return f"{total:.3g} GB would be kept, and trainer.trunk_gb={limit / 1e9:g}"
         self._keep(some, hidden)
         batch = self.backbone.collate(self.features.encoded(some))
         with torch.no_grad():
@@ -125,6 +127,8 @@ class Trunk:
             with self.given(some):
                 start = self.backbone(batch).float()
         if not float((start - whole).norm()) <= AGREES * float(whole.norm()):
+            for item in some:
+                del self.kept[content_id(item)]
             return "started above these layers, the model gives other features"
         batches = list(by_length(lengths, self.features.batch_size))
         for rows in self.features.progress(batches, len(batches)):
@@ -184,7 +188,6 @@ def trunk_of(
     inputs: Sequence[Any],
     limit: float,
     title: str,
-    validation: Sequence[Any] = (),
 ) -> Trunk | None:
     """What lies below all sites, for these examples; None where nothing does, or it does not fit.
 
@@ -194,7 +197,6 @@ def trunk_of(
         inputs: Raw inputs.
         limit: Bytes that may be kept.
         title: What the log says, such as ``task 2/5``.
-        validation: More raw inputs, kept if there is still room.
     """
     layers = below(features.backbone.model, sites)
     if not layers or not len(inputs):
@@ -205,9 +207,5 @@ def trunk_of(
     if why is not None:
         log.info("%s in every step: %s", about, why)
         return None
-    if len(validation):
-        why = trunk.fill(validation, limit - trunk.bytes)
-        if why is not None:
-            log.info("%s: those of validation examples are computed every time: %s", title, why)
     log.info("%s once: %.0f MB kept", about, trunk.bytes / 1e6)
     return trunk

@@ -8,6 +8,7 @@ a task id at test time.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -28,6 +29,8 @@ from cl_peft.streams.base import Split, Task
 from cl_peft.training import Job, Report, generator
 
 __all__ = ["Fit", "Later", "Learner", "Tools", "Unit", "among_task", "trainable"]
+
+log = logging.getLogger(__name__)
 
 
 class Learner(ABC):
@@ -334,11 +337,14 @@ class Learner(ABC):
         tools, trainer = self.tools, self.tools.trainer
         if trainer.trunk == "every_step" or trainer.epochs == 1:
             return None
-        # without patience validation examples pass once, in the end
-        again = validation.inputs if trainer.patience is not None else ()
         limit = 1e9 * trainer.trunk_gb
         with trainer.autocast(self._device):
-            return trunk_of(tools.features, tools.bank.sites, train.inputs, limit, title, again)
+            trunk = trunk_of(tools.features, tools.bank.sites, train.inputs, limit, title)
+        if trunk is not None and trainer.patience is not None:  # else they pass once, in the end
+            why = trunk.fill(validation.inputs, limit)  # without autocast, as they are evaluated
+            if why is not None:
+                log.info("%s: validation examples pass all layers in every epoch: %s", title, why)
+        return trunk
 
     def _fresh(self, task: Task) -> tuple[Module, Head]:
         """A fresh module and a head for the task's classes, decided by (seed.init, task)."""

@@ -28,7 +28,8 @@ def patterns(p: float) -> tuple[np.ndarray, float]:
     """2^16 rows of eight bools, each pattern as often as is probable; and the share of true ones.
 
     A pattern that drops m of eight has probability ``p^m (1 - p)^(8 - m)``. Sums of probabilities
-    are rounded to multiples of 2^-16, so the mean is ``1 - p`` to about 2^-17; it is never 0.
+    are rounded to multiples of 2^-16, so the mean is ``1 - p`` to about 2^-17, a single place's to
+    about 2^-12, and neither is ever 0.
 
     Returns:
         Rows ``(2^16,)``, each read as one uint64; the share of true values.
@@ -40,6 +41,7 @@ def patterns(p: float) -> tuple[np.ndarray, float]:
     edges = np.rint(np.cumsum(probability) * 2**16).astype(int)
     rows = np.repeat(bits[order], np.diff(edges, prepend=0), axis=0).astype(np.bool_)
     rows[0, 0] = True
+    rows.flags.writeable = False
     return rows.view(np.uint64).ravel(), float(rows.mean())
 
 
@@ -64,21 +66,28 @@ def kept(x: Tensor, p: float) -> tuple[Tensor, float]:
 
 
 def rows_at_once(x: Tensor) -> int:
-    """How many rows of a matrix stay in cache together; all of them on other devices."""
-    return max(1, CACHED // x.shape[1] if x.device.type == "cpu" else len(x))
+    """How many rows of a matrix stay in cache together.
+
+    All of them on other devices, and in half precision, which would add up pieces too roughly.
+    """
+    return max(1, CACHED // x.shape[1] if quick(x) else len(x))
+
+
+def quick(x: Tensor) -> bool:
+    """Whether numpy may work on it in place."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 def pieces(x: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of ``x`` that stay in cache together, and their zeros and ones, to be overwritten.
 
-    numpy turns booleans into floats in a fifth of the time that torch takes, with one thread.
+    numpy turns booleans into floats in less than a third of torch's time, with one thread.
     """
     rows = rows_at_once(x)
     space = x.new_empty(min(rows, len(x)), x.shape[1])
-    quick = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     for x_part, keep_part in zip(x.split(rows), keep.split(rows), strict=True):
         numbers = space if len(x_part) == len(space) else space[: len(x_part)]
-        if quick:
+        if quick(x):
             np.copyto(numbers.numpy(), keep_part.numpy())
         else:
             numbers.copy_(keep_part)
@@ -109,11 +118,14 @@ def gradients(
         want_x: Whether the first is wanted.
         want_a: Whether the second is.
     """
-    dx, da, rows = torch.empty_like(x), torch.zeros_like(a), rows_at_once(x)
-    there = zip(v.split(rows), dx.split(rows), strict=True)
-    for (part, numbers), (v_part, dx_part) in zip(pieces(x, keep), there, strict=True):
-        if want_x:
-            torch.mm(v_part, a, out=dx_part).mul_(numbers)
-        if want_a:
+    dx = torch.empty_like(x) if want_x else None
+    da = torch.zeros_like(a) if want_a else None
+    rows = rows_at_once(x)
+    for i, (part, numbers) in enumerate(pieces(x, keep)):
+        here = slice(i * rows, i * rows + len(part))
+        v_part = v[here]
+        if dx is not None:
+            torch.mm(v_part, a, out=dx[here]).mul_(numbers)
+        if da is not None:
             da.addmm_(v_part.T, numbers.mul_(part))
-    return (dx if want_x else None), (da if want_a else None)
+    return dx, da

@@ -235,13 +235,13 @@ def test_what_dropout_keeps(p):
     assert torch.equal(dropping.kept(x, p)[0].double(), keep)
 
 
-@pytest.mark.parametrize("p", [1e-5, 0.001, 0.1, 0.5, 0.9, 0.999999])
+@pytest.mark.parametrize("p", [1e-9, 1e-5, 0.001, 0.1, 0.5, 0.9, 0.999999, 1 - 1e-9])
 def test_eight_values_are_dropped_independently(p):
-    """How many of eight are dropped is binomial, at every place alike, to what 2^-16 can say."""
+    """How many of eight are dropped is binomial, at every place alike, but for rounding."""
     table, share = dropping.patterns(p)
     rows = table.view(np.bool_).reshape(-1, 8)
     assert len(rows) == 2**16
-    assert 0 < share < 1
+    assert 0 < share <= 1
     assert abs(share - (1 - p)) <= 2**-17
     dropped = np.bincount(8 - rows.sum(1), minlength=9) / len(rows)
     np.testing.assert_allclose(dropped, stats.binom.pmf(np.arange(9), 8, p), atol=2**-16)
