@@ -18,7 +18,7 @@ of activations, and ``dc = sum_n g (out - b) / c``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from cl_peft.modules import dropping
 from cl_peft.modules.base import Params, Site
+
+#: Ranks of a sample, at most, that are weighted by a product with a matrix of that size.
+SMALL = 32
 
 
 def fits(site: Site, x: Tensor, y: Tensor, p: Params) -> bool:
@@ -55,6 +58,26 @@ def back(g: Tensor, weight: Tensor, b: Tensor, a: Tensor, v: Tensor) -> Tensor:
     if 2 * len(weight) < len(g):
         return g @ torch.addmm(weight, b, a)
     return (g @ weight).addmm_(v, a)
+
+
+def turned(t: Tensor, w: Tensor, by: Literal["rows", "columns"]) -> Tensor:
+    """``t_n^T``, each in one piece of memory, its rows or columns times ``w_n``.
+
+    A product with a small matrix moves numbers twice as fast as a copy.
+
+    Args:
+        t: ``(B, n, m)``.
+        w: ``(B, m)`` by rows, ``(B, n)`` by columns.
+        by: Which.
+
+    Returns:
+        ``(B, m, n)``.
+    """
+    t = t.transpose(1, 2)
+    if w.shape[1] > SMALL:
+        return (t * w.unsqueeze(2 if by == "rows" else 1)).contiguous()
+    weights = torch.diag_embed(w)
+    return torch.bmm(weights, t) if by == "rows" else torch.bmm(t, weights)
 
 
 def mixed_back(g: Tensor, weight: Tensor, a: Tensor, v: Tensor) -> Tensor:
@@ -153,23 +176,26 @@ class MixedLowRank(torch.autograd.Function):
             weight: ``(out, in)``, frozen.
         """
         u = torch.bmm(a, x.transpose(1, 2))  # (B, r, L): an eighth faster than (B, L, r)
-        y.baddbmm_((u * w.unsqueeze(2)).transpose(1, 2), b.transpose(1, 2))
+        if any(ctx.needs_input_grad):
+            wide = turned(b, w, "rows")
+            y.baddbmm_(u.transpose(1, 2), wide)
+            ctx.save_for_backward(x, u, a, b if ctx.needs_input_grad[4] else None, wide, w, weight)
+        else:  # nobody reads it again
+            y.baddbmm_((u * w.unsqueeze(2)).transpose(1, 2), b.transpose(1, 2))
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, u, a, b, w, weight)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Gradients for ``x``, ``A``, ``B`` and ``w``."""
-        x, u, a, b, w, weight = ctx.saved_tensors
+        x, u, a, b, wide, w, weight = ctx.saved_tensors
         want_x, _, want_a, want_b, want_w, _ = ctx.needs_input_grad
-        plain = torch.bmm(g, b)
-        v = plain * w.unsqueeze(1)
-        db = torch.bmm(u * w.unsqueeze(2), g).transpose(1, 2) if want_b else None
-        dx = mixed_back(g, weight, a, v) if want_x else None
-        da = torch.bmm(v.transpose(1, 2), x) if want_a else None
-        dw = (u * plain.transpose(1, 2)).sum(2) if want_w else None
+        v = torch.bmm(wide, g.transpose(1, 2))  # (B, r, L)
+        db = turned(torch.bmm(u, g), w, "columns") if want_b else None
+        dx = mixed_back(g, weight, a, v.transpose(1, 2)) if want_x else None
+        da = torch.bmm(v, x) if want_a else None
+        dw = (u * torch.bmm(g, b).transpose(1, 2)).sum(2) if want_w else None
         return dx, None, da, db, dw, None
 
 
