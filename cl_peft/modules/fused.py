@@ -9,7 +9,7 @@ gradient twice more; these passes over memory, not the products, are what LoRA c
 
 is computed with every sum inside a matrix product: ``z`` in the place of the frozen output ``y = x
 W^T + b``, ``v A`` into ``g W``, or, where that touches fewer numbers, ``g (W + s B A)`` at once.
-``x`` and ``u`` ``(N, r)`` are kept for the backward pass, with dropout a byte per value of ``x``
+``x`` and ``u`` ``(N, r)`` are kept for the backward pass, with dropout a bit per value of ``x``
 more. The derivative of ``y`` is known, ``W``, so the frozen layer's own graph is not used.
 
 DoRA's ``c = m / n`` scales rows, ``out = c (z - b) + b``: there ``B`` and ``W`` are scaled instead
@@ -120,10 +120,9 @@ class LowRank(torch.autograd.Function):
             b: ``(out, r)``.
             weight: ``(out, in)``, frozen.
             scale: ``s``.
-            keep: Where dropout keeps ``x``, shaped like it; None: everywhere.
+            keep: What dropout keeps of ``x``, see ``dropping.py``; None: all.
         """
         flat = x.reshape(-1, x.shape[-1])
-        keep = None if keep is None else keep.view_as(flat)
         u = flat @ a.T if keep is None else dropping.product(flat, keep, a)
         y.view(-1, y.shape[-1]).addmm_(u, b.T, alpha=scale)
         ctx.mark_dirty(y)

@@ -1,6 +1,7 @@
 """The fused branch equals the plain formula, in value and gradient, wherever it is used."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -174,7 +175,13 @@ def test_a_whole_model_equals_the_plain_formula(kind, name, used, monkeypatch):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cached", [dropping.CACHED, 36, 1])
+def mask(keep, x):
+    """Bits as bools, shaped like ``x``."""
+    bits = np.unpackbits(keep.numpy(), count=x.numel())
+    return torch.from_numpy(bits.astype(bool)).view(x.shape)
+
+
+@pytest.mark.parametrize("cached", [dropping.CACHED, 100, 1])
 def test_dropout_drops_the_branch_alone(cached, used, monkeypatch):
     """Given what is kept, the naive twin is ``y + s/(1-p) (x keep) A^T B^T``, in any pieces."""
     monkeypatch.setattr(dropping, "CACHED", cached)
@@ -186,6 +193,7 @@ def test_dropout_drops_the_branch_alone(cached, used, monkeypatch):
     ours = forward(x)
     torch.manual_seed(3)
     keep, share = dropping.kept(x, 0.25)
+    keep = mask(keep, x)
     assert share == 0.75
     assert len(used) == 1
     y = nn.functional.linear(x, site.weight, site.bias)
@@ -207,7 +215,7 @@ def test_dropout_of_any_rows_and_precision(rows, dtype):
     with torch.no_grad():
         y = nn.functional.linear(x, site.weight, site.bias)
     ours = fused.LowRank.apply(x, y.clone(), p["A"], p["B"], site.weight, 1 / share, keep)
-    branch = (x * keep) @ p["A"].T @ p["B"].T / share
+    branch = (x * mask(keep, x)) @ p["A"].T @ p["B"].T / share
     loose = {"atol": 0.3, "rtol": 0.1} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(ours, y + branch, **loose)
     leaves = [x, p["A"], p["B"]]
@@ -223,9 +231,9 @@ def test_what_dropout_keeps(p):
     x = torch.ones(400, 501)
     keep, share = dropping.kept(x, p)
     assert abs(share - (1 - p)) <= 2**-17
-    assert keep.shape == x.shape
-    assert keep.dtype == torch.bool
-    keep = keep.double()
+    assert len(keep) == 400 * 501 / 8
+    assert keep.dtype == torch.uint8
+    again, keep = keep, mask(keep, x).double()
     error = 4.5 * (p * (1 - p)) ** 0.5
     assert abs(float(keep.mean()) - share) < error / keep.numel() ** 0.5
     for lag in (1, 2, 3, 4, 501):  # neighbours know nothing of one another
@@ -233,14 +241,34 @@ def test_what_dropout_keeps(p):
         together = float((flat[lag:] * flat[:-lag]).mean())
         assert abs(together) < 4.5 * p * (1 - p) / keep.numel() ** 0.5, lag
     torch.manual_seed(0)
-    assert torch.equal(dropping.kept(x, p)[0].double(), keep)
+    assert torch.equal(dropping.kept(x, p)[0], again)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (50, 6), (3, 70_001), (400, 333)])
+def test_pieces_are_the_rows_and_their_bits(shape):
+    """Of any width, also where a row has more values than a piece, or a byte ends within one."""
+    x = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+    keep, _ = dropping.kept(x, 0.5)
+    parts = [(part.clone(), numbers.clone()) for part, numbers in dropping.pieces(x, keep)]
+    assert torch.equal(torch.cat([part for part, _ in parts]), x)
+    assert torch.equal(torch.cat([numbers for _, numbers in parts]), mask(keep, x).double())
+
+
+def test_bools_do_as_well():
+    """As other devices have them."""
+    x, a, v = torch.randn(9, 7), torch.randn(3, 7), torch.randn(9, 3)
+    keep, _ = dropping.kept(x, 0.5)
+    torch.testing.assert_close(dropping.product(x, mask(keep, x), a), dropping.product(x, keep, a))
+    ours = dropping.gradients(x, mask(keep, x), a, v, True, True)
+    for one, other in zip(ours, dropping.gradients(x, keep, a, v, True, True), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("p", [1e-9, 1e-5, 0.001, 0.1, 0.5, 0.9, 0.999999, 1 - 1e-9])
 def test_eight_values_are_dropped_independently(p):
     """How many of eight are dropped is binomial, at every place alike, but for rounding."""
     table, share = dropping.patterns(p)
-    rows = table.view(np.bool_).reshape(-1, 8)
+    rows = np.unpackbits(table[:, None], axis=1).astype(bool)
     assert len(rows) == 2**16
     assert 0 < share <= 1
     assert abs(share - (1 - p)) <= 2**-17
