@@ -1,6 +1,6 @@
 """A whole stream against a plain loop with Hugging Face peft, for more and more tasks.
 
-    python benchmarks/stream.py [--tasks 5 10 20 50] [--repeats 3] [--threads 1] [--quick]
+    python benchmarks/stream.py [--tasks 5 10 20 50] [--repeats 2] [--threads 1] [--quick]
 
 Both train one LoRA (rank 8, all linears) and one head per task on the same batches of the same
 made-up texts, two classes a task, test sets a third of the training sets; both evaluate after every
@@ -191,7 +191,7 @@ class PlainLoop:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=[5, 10, 20, 50])
-    parser.add_argument("--repeats", type=int, default=3, help="of the first 20 tasks")
+    parser.add_argument("--repeats", type=int, default=2, help="of the first 20 tasks")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, to try it out")
     chosen = parser.parse_args()
