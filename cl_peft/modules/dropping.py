@@ -121,7 +121,7 @@ def gradients(
 
     Args:
         x: ``(N, in)``.
-        keep: Where it was kept, shaped like it.
+        keep: What is kept of it, as :func:`kept` gives it.
         a: ``(r, in)``.
         v: ``(N, r)``.
         want_x: Whether the first is wanted.
