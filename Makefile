@@ -37,10 +37,10 @@ lint: setup ## Style and types
 	$(BIN)/mypy
 
 bench: setup ## Measure speed and memory, and render docs/results/performance.md
-	for name in training_step upper_layers mixed_batch bank_size; do \
+	for name in training_step upper_layers mixed_batch bank_size start_up; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/stream.py & stream=$$!; trap "kill $$stream 2> /dev/null" EXIT; \
-	for name in routers_fit methods memory profiles start_up; do \
+	for name in routers_fit methods memory profiles; do \
 	  $(BIN)/python benchmarks/$$name.py || exit 1; done; \
 	wait $$stream
 	$(BIN)/python benchmarks/render.py
