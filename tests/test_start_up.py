@@ -3,9 +3,12 @@
 import contextlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from package_index import PackageIndex, wheel
 from running import CONF, RIDGE, command, config, digests, folder_of, rows_of, run, write_csv
 
@@ -82,6 +85,26 @@ def test_help_names_every_group_and_key(quick):
     for group, folder in groups.items():
         assert f"{group}: {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}\n" in text
     assert "order: 0" in text
+
+
+def test_help_reads_the_search_path_once(monkeypatch):
+    """And lists what Hydra would have listed."""
+    name = "_parse_overrides_and_create_caching_repo"
+    monkeypatch.setattr(ConfigLoaderImpl, name, getattr(ConfigLoaderImpl, name))  # put back later
+    loader = ConfigLoaderImpl(create_config_search_path(str(CONF)))
+    groups = ["", "module", "router", "hydra", "hydra/launcher"]
+    listed = [loader.get_group_options(group, None) for group in groups]
+    assert all(listed)
+    calls, real = [], ConfigLoaderImpl._process_config_searchpath
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "_process_config_searchpath",
+        lambda *args: calls.append(1) or real(*args),
+    )
+    monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
+    assert launch(lambda: None) == 0
+    assert [loader.get_group_options(group, None) for group in groups] == listed
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
