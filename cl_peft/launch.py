@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
@@ -68,6 +67,8 @@ def _list_quickly() -> None:
 
     That takes ``--help`` from 1.1 seconds to 0.45. A Hydra without this function stays as it is.
     """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl  # no run rests on it
+
     name = "_parse_overrides_and_create_caching_repo"
     read = getattr(ConfigLoaderImpl, name, None)
     if read is not None:

@@ -81,34 +81,33 @@ def rows_at_once(x: Tensor) -> int:
     return max(8, CACHED // x.shape[1] // 8 * 8) if quick(x) else max(1, len(x))
 
 
-def pieces(x: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of ``x`` that stay in cache together, and their zeros and ones, to be overwritten.
+def pieces(x: Tensor, keep: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Which rows stay in cache together, these of ``x``, and zeros and ones to be overwritten.
 
     numpy turns bits into floats in a fraction of the time that torch takes for bools.
     """
     rows = rows_at_once(x)
     space = x.new_empty(min(rows, len(x)), x.shape[1])
     for i, part in enumerate(x.split(rows)):
-        start = i * rows
+        here = slice(i * rows, i * rows + len(part))
         numbers = space if len(part) == len(space) else space[: len(part)]
         if keep.dtype == torch.bool:
-            numbers.copy_(keep.view_as(x)[start : start + rows])
+            numbers.copy_(keep.view_as(x)[here])
         else:
-            here = keep.numpy()[start * x.shape[1] // 8 :]
-            bits = np.unpackbits(here[: -(-part.numel() // 8)], count=part.numel())
+            packed = keep.numpy()[here.start * x.shape[1] // 8 :]
+            bits = np.unpackbits(packed[: -(-part.numel() // 8)], count=part.numel())
             if quick(x):
                 np.copyto(numbers.numpy(), bits.reshape(part.shape))
             else:
                 numbers.copy_(torch.from_numpy(bits).view(part.shape))
-        yield part, numbers
+        yield here, part, numbers
 
 
 def product(x: Tensor, keep: Tensor, a: Tensor) -> Tensor:
     """``u = (x * keep) A^T``, ``(N, r)``."""
     u = x.new_empty(len(a), len(x))  # transposed: a quarter faster
-    columns = u.split(rows_at_once(x), dim=1)
-    for (part, numbers), u_part in zip(pieces(x, keep), columns, strict=True):
-        torch.mm(a, numbers.mul_(part).T, out=u_part)
+    for here, part, numbers in pieces(x, keep):
+        torch.mm(a, numbers.mul_(part).T, out=u[:, here])
     return u.T
 
 
@@ -129,9 +128,7 @@ def gradients(
     """
     dx = torch.empty_like(x) if want_x else None
     da = torch.zeros_like(a) if want_a else None
-    rows = rows_at_once(x)
-    for i, (part, numbers) in enumerate(pieces(x, keep)):
-        here = slice(i * rows, i * rows + len(part))
+    for here, part, numbers in pieces(x, keep):
         v_part = v[here]
         if dx is not None:
             torch.mm(v_part, a, out=dx[here]).mul_(numbers)

@@ -249,7 +249,7 @@ def test_pieces_are_the_rows_and_their_bits(shape):
     """Of any width, also where a row has more values than a piece, or a byte ends within one."""
     x = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
     keep, _ = dropping.kept(x, 0.5)
-    parts = [(part.clone(), numbers.clone()) for part, numbers in dropping.pieces(x, keep)]
+    parts = [(part.clone(), numbers.clone()) for _, part, numbers in dropping.pieces(x, keep)]
     assert torch.equal(torch.cat([part for part, _ in parts]), x)
     assert torch.equal(torch.cat([numbers for _, numbers in parts]), mask(keep, x).double())
 
